@@ -1,0 +1,83 @@
+#include "math.h"
+
+#include <cmath>
+
+#include "../common/cpu.h"
+
+namespace fastcl {
+namespace {
+
+template <class T>
+struct AnnealedMask {
+  static FASTCL_HD void run(T* FASTCL_RESTRICT m, const T* FASTCL_RESTRICT e, double scale, int64_t n) {
+    const auto s = static_cast<arithmetic_t<T>>(scale);
+    for (int64_t i = 0; i < n; ++i) store(m + i, annealed_mask(load(e + i), s));
+  }
+};
+
+template <class T>
+struct AnnealedMaskBackward {
+  static FASTCL_HD void run(T* FASTCL_RESTRICT ge, const T* FASTCL_RESTRICT gm, const T* FASTCL_RESTRICT e,
+                            double scale, int64_t n) {
+    const auto s = static_cast<arithmetic_t<T>>(scale);
+    for (int64_t i = 0; i < n; ++i) store(ge + i, load(gm + i) * annealed_mask_slope(load(e + i), s));
+  }
+};
+
+void check_scale(const char* op, double scale) {
+  FASTCL_CHECK(std::isfinite(scale) && scale >= 0, op, ": scale is ", scale, " but must be finite and not negative");
+}
+
+// One output over one virtual array; sigmoid costs about ten multiplies, hence the ordinary chunk.
+template <class F>
+void for_elements(int64_t numel, const F& f) {
+  VirtualArray all;
+  all.add(numel);
+  all.for_each([&](size_t, int64_t begin, int64_t end, int64_t) { f(begin, end - begin); });
+}
+
+Tensor annealed_mask_cpu(Tensor embedding, double scale) {
+  const char* op = "annealed_mask";
+  check_scale(op, scale);
+  FASTCL_CHECK(embedding.is_cpu(), op, ": embedding must be a CPU tensor");
+  if (!is_dense(embedding)) embedding = torch::stable::contiguous(embedding);
+  Tensor mask = torch::stable::empty_like(embedding);
+  dispatch_float(embedding.scalar_type(), op, "embedding", [&](auto type) {
+    using T = decltype(type);
+    T* m = static_cast<T*>(mask.mutable_data_ptr());
+    const T* e = static_cast<const T*>(embedding.const_data_ptr());
+    for_elements(embedding.numel(), [&](int64_t begin, int64_t n) {
+      simd<AnnealedMask<T>>(m + begin, e + begin, scale, n);
+    });
+  });
+  return mask;
+}
+
+Tensor annealed_mask_backward_cpu(Tensor grad, Tensor embedding, double scale) {
+  const char* op = "annealed_mask_backward";
+  check_scale(op, scale);
+  check_like(grad, embedding, op, "grad", "embedding");
+  check_same_dtype(grad, embedding, op, "grad", "embedding");
+  if (!is_dense(embedding)) embedding = torch::stable::contiguous(embedding);
+  Tensor grad_embedding = torch::stable::empty_like(embedding);
+  grad = in_layout_of(grad, grad_embedding);
+  dispatch_float(embedding.scalar_type(), op, "embedding", [&](auto type) {
+    using T = decltype(type);
+    T* ge = static_cast<T*>(grad_embedding.mutable_data_ptr());
+    const T* gm = static_cast<const T*>(grad.const_data_ptr());
+    const T* e = static_cast<const T*>(embedding.const_data_ptr());
+    for_elements(embedding.numel(), [&](int64_t begin, int64_t n) {
+      simd<AnnealedMaskBackward<T>>(ge + begin, gm + begin, e + begin, scale, n);
+    });
+  });
+  return grad_embedding;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(FASTCL_NS, CPU, m) {
+  m.impl("annealed_mask", TORCH_BOX(&annealed_mask_cpu));
+  m.impl("annealed_mask_backward", TORCH_BOX(&annealed_mask_backward_cpu));
+}
+
+}  // namespace fastcl

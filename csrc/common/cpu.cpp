@@ -1,0 +1,166 @@
+#include "cpu.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace fastcl {
+
+namespace {
+
+Isa detect() {
+  Isa found = Isa::baseline;
+#ifdef FASTCL_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found = Isa::avx2;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
+    found = Isa::avx512;
+#endif
+  if (const char* wanted = std::getenv("FASTCL_CPU")) {
+    if (std::strcmp(wanted, "baseline") == 0) return Isa::baseline;
+    if (std::strcmp(wanted, "avx2") == 0) return std::min(found, Isa::avx2);
+  }
+  return found;
+}
+
+std::string shape_of(const Tensor& t) {
+  std::ostringstream text;
+  text << '[';
+  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);
+  text << ']';
+  return text.str();
+}
+
+}  // namespace
+
+Isa isa() {
+  static const Isa level = detect();
+  return level;
+}
+
+const char* isa_name() { return isa() == Isa::avx512 ? "avx512" : isa() == Isa::avx2 ? "avx2" : "baseline"; }
+
+std::string item(const char* list, size_t i) { return std::string(list) + "[" + std::to_string(i) + "]"; }
+
+bool is_dense(const Tensor& t) {
+  if (t.is_contiguous()) return true;
+  const int64_t dim = t.dim();
+  if (dim > 16) return false;
+  const auto sizes = t.sizes(), strides = t.strides();
+  // Sort the dimensions by stride; each stride must then be the product of the smaller dimensions' sizes.
+  int order[16], used = 0;
+  for (int64_t d = 0; d < dim; ++d) {
+    if (sizes[d] == 1) continue;
+    int at = used++;
+    for (; at > 0 && strides[order[at - 1]] > strides[d]; --at) order[at] = order[at - 1];
+    order[at] = static_cast<int>(d);
+  }
+  int64_t expected = 1;
+  for (int k = 0; k < used; ++k) {
+    if (strides[order[k]] != expected) return false;
+    expected *= sizes[order[k]];
+  }
+  return true;
+}
+
+bool same_layout(const Tensor& a, const Tensor& b) {
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
+  return true;
+}
+
+void check_output(const Tensor& t, const char* op, const std::string& name) {
+  FASTCL_CHECK(t.is_cpu(), op, ": ", name, " must be a CPU tensor");
+  if (is_dense(t)) return;
+  for (int64_t d = 0; d < t.dim(); ++d)
+    FASTCL_CHECK(t.size(d) <= 1 || t.stride(d) != 0, op, ": ", name,
+                 " overlaps itself (an expanded tensor): write to a contiguous clone instead");
+}
+
+void check_like(const Tensor& t, const Tensor& like, const char* op, const std::string& name,
+                const std::string& like_name) {
+  FASTCL_CHECK(t.is_cpu(), op, ": ", name, " must be a CPU tensor like ", like_name);
+  bool same = t.dim() == like.dim();
+  for (int64_t d = 0; same && d < t.dim(); ++d) same = t.size(d) == like.size(d);
+  FASTCL_CHECK(same, op, ": ", name, " has shape ", shape_of(t), " but must have the shape of ", like_name, ", ",
+               shape_of(like));
+}
+
+void check_same_dtype(const Tensor& t, const Tensor& like, const char* op, const std::string& name,
+                      const std::string& like_name) {
+  FASTCL_CHECK(t.scalar_type() == like.scalar_type(), op, ": ", name, " must have the dtype of ", like_name);
+}
+
+void check_lengths(size_t n, size_t expected, const char* op, const char* name, const char* like_name) {
+  FASTCL_CHECK(n == expected, op, ": ", name, " has ", n, " tensors but must have as many as ", like_name, ", ",
+               expected);
+}
+
+namespace {
+
+struct Range {
+  const char *begin, *end;
+};
+
+size_t element_size(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+    case ScalarType::Long:
+      return 8;
+    case ScalarType::Float:
+    case ScalarType::Int:
+      return 4;
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+    case ScalarType::Short:
+      return 2;
+    default:
+      return 1;
+  }
+}
+
+Range range_of(const Tensor& t) {
+  const char* begin = static_cast<const char*>(t.const_data_ptr());
+  if (t.numel() == 0) return {begin, begin};
+  int64_t last = 0;
+  for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+  return {begin, begin + (last + 1) * static_cast<int64_t>(element_size(t.scalar_type()))};
+}
+
+}  // namespace
+
+void check_distinct(const Tensors& outputs, const std::vector<const Tensors*>& inputs, const char* op,
+                    const char* output_name, const std::vector<const char*>& input_names) {
+  // Sorted by address, an overlap with a mutated range shows between neighbours: O(n log n), not O(n^2).
+  std::vector<std::pair<Range, size_t>> ranges;
+  ranges.reserve(outputs.size());
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    const Range r = range_of(outputs[i]);
+    if (r.begin != r.end) ranges.push_back({r, i});
+  }
+  std::sort(ranges.begin(), ranges.end(), [](const auto& a, const auto& b) { return a.first.begin < b.first.begin; });
+  for (size_t k = 1; k < ranges.size(); ++k)
+    FASTCL_CHECK(ranges[k - 1].first.end <= ranges[k].first.begin, op, ": ", item(output_name, ranges[k].second),
+                 " shares memory with ", item(output_name, ranges[k - 1].second), ": each must have its own");
+  for (size_t list = 0; list < inputs.size(); ++list)
+    for (size_t i = 0; i < inputs[list]->size(); ++i) {
+      const Range r = range_of((*inputs[list])[i]);
+      if (r.begin == r.end) continue;
+      auto after = std::upper_bound(ranges.begin(), ranges.end(), r.end - 1,
+                                    [](const char* p, const auto& entry) { return p < entry.first.begin; });
+      if (after == ranges.begin()) continue;
+      --after;
+      FASTCL_CHECK(after->first.end <= r.begin, op, ": ", item(input_names[list], i), " shares memory with ",
+                   item(output_name, after->second), ", which is written");
+    }
+}
+
+Tensor in_layout_of(const Tensor& t, const Tensor& like) {
+  if (same_layout(t, like)) return t;
+  Tensor copy = torch::stable::empty_like(like);  // keeps a dense tensor's memory order
+  if (copy.scalar_type() != t.scalar_type()) copy = torch::stable::to(copy, t.scalar_type());
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+}  // namespace fastcl

@@ -1,0 +1,214 @@
+// What every CPU kernel shares: instruction-set dispatch, threads, checks, dtypes, lists of tensors.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "math.h"
+
+#ifdef FASTCL_STD_THREADS  // sanitizer builds: ThreadSanitizer cannot see libgomp's fork and join
+#include <thread>
+#endif
+
+#if defined(_MSC_VER)
+#define FASTCL_RESTRICT __restrict
+#else
+#define FASTCL_RESTRICT __restrict__
+#endif
+
+namespace fastcl {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+// ---- checks: one sentence, thrown before anything is written; Python turns it into TypeError / ValueError ----
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream text;
+  ((text << parts), ...);
+  throw std::runtime_error(text.str());
+}
+
+#define FASTCL_CHECK(condition, ...) \
+  do {                               \
+    if (!(condition)) {              \
+      ::fastcl::fail(__VA_ARGS__);   \
+    }                                \
+  } while (false)
+
+// ---- instruction sets: one body, compiled three times, chosen at run time ----
+// A body is a struct with a static FASTCL_HD function `run`; simd<Body>(args...) calls the copy for this CPU.
+
+enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2 };
+Isa isa();               // this CPU's, or lower when FASTCL_CPU=baseline|avx2 asks for it
+const char* isa_name();
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define FASTCL_X86 1
+#if defined(__clang__)
+#define FASTCL_AVX512 __attribute__((target("arch=x86-64-v4")))
+#else
+// GCC picks 256-bit vectors for x86-64-v4 by default; 512 is what the memory-bound loops were measured with.
+#define FASTCL_AVX512 __attribute__((target("arch=x86-64-v4,prefer-vector-width=512")))
+#endif
+#define FASTCL_AVX2 __attribute__((target("arch=x86-64-v3")))
+
+template <class Body, class... Args>
+FASTCL_AVX512 auto run_avx512(Args... args) {
+  return Body::run(args...);
+}
+template <class Body, class... Args>
+FASTCL_AVX2 auto run_avx2(Args... args) {
+  return Body::run(args...);
+}
+#endif
+
+template <class Body, class... Args>
+auto simd(Args... args) {
+#ifdef FASTCL_X86
+  if (isa() == Isa::avx512) return run_avx512<Body>(args...);
+  if (isa() == Isa::avx2) return run_avx2<Body>(args...);
+#endif
+  return Body::run(args...);
+}
+
+// ---- threads ----
+
+template <class F>
+void par_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
+  if (end <= begin) return;
+#ifdef FASTCL_STD_THREADS
+  const int64_t middle = begin + (end - begin) / 2;
+  if (end - begin <= grain) return f(begin, end);
+  std::thread other([&] { f(middle, end); });
+  f(begin, middle);
+  other.join();
+#else
+  if (end - begin <= grain) return f(begin, end);
+  torch::stable::parallel_for(begin, end, grain, f);
+#endif
+}
+
+// ---- dtypes: half precision is converted at load and rounded once at store; arithmetic is float or double ----
+
+using BFloat16 = torch::headeronly::BFloat16;
+using Half = torch::headeronly::Half;
+
+template <class T>
+struct Arithmetic {
+  using type = float;
+};
+template <>
+struct Arithmetic<double> {
+  using type = double;
+};
+template <class T>
+using arithmetic_t = typename Arithmetic<T>::type;
+
+FASTCL_HD float load(const float* x) { return *x; }
+FASTCL_HD double load(const double* x) { return *x; }
+FASTCL_HD float load(const BFloat16* x) { return float_from_bits(static_cast<int32_t>(uint32_t(x->x) << 16)); }
+FASTCL_HD float load(const Half* x) { return static_cast<float>(*x); }
+FASTCL_HD void store(float* x, float value) { *x = value; }
+FASTCL_HD void store(double* x, double value) { *x = value; }
+FASTCL_HD void store(Half* x, float value) { *x = Half(value); }
+FASTCL_HD void store(BFloat16* x, float value) {  // round to nearest even; NaN to the quiet NaN, without a branch
+  const uint32_t bits = static_cast<uint32_t>(float_bits(value));
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  x->x = static_cast<uint16_t>(value == value ? rounded : 0x7fc0u);
+}
+
+// Calls f(T{}) for the element type of `dtype`; the argument's name is for the message.
+template <class F>
+auto dispatch_float(ScalarType dtype, const char* op, const std::string& name, F f) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::BFloat16:
+      return f(BFloat16{});
+    case ScalarType::Half:
+      return f(Half{});
+    default:
+      fail(op, ": ", name, " must be float32, float64, bfloat16 or float16");
+  }
+}
+
+// ---- lists of tensors as one virtual array ----
+
+std::string item(const char* list, size_t i);
+bool is_dense(const Tensor& t);                       // non-overlapping, no gaps
+bool same_layout(const Tensor& a, const Tensor& b);   // element k in memory is the same index in both
+void check_output(const Tensor& t, const char* op, const std::string& name);  // CPU, strided, no self-overlap
+void check_like(const Tensor& t, const Tensor& like, const char* op, const std::string& name, const std::string& like_name);
+void check_same_dtype(const Tensor& t, const Tensor& like, const char* op, const std::string& name,
+                      const std::string& like_name);
+void check_lengths(size_t n, size_t expected, const char* op, const char* name, const char* like_name);
+// No two mutated tensors, and no mutated and read tensor, may share memory (unless they are the very same view).
+void check_distinct(const Tensors& outputs, const std::vector<const Tensors*>& inputs, const char* op,
+                    const char* output_name, const std::vector<const char*>& input_names);
+Tensor in_layout_of(const Tensor& t, const Tensor& like);  // t itself, or one copy whose memory order is like's
+
+// Mutated tensors with gaps (slices) are worked on in a dense copy that is written back at the end.
+class Output {
+ public:
+  explicit Output(const Tensor& t) : original_(t), work_(is_dense(t) ? t : torch::stable::contiguous(t)) {}
+  const Tensor& tensor() const { return work_; }
+  void finish() {
+    if (!is_dense(original_)) torch::stable::copy_(original_, work_);
+  }
+
+ private:
+  Tensor original_, work_;
+};
+
+// The elements of several tensors, end to end, each starting at a multiple of kAlign, cut into chunks of kChunk.
+// Chunks do not depend on the number of threads, so neither do sums taken chunk by chunk.
+class VirtualArray {
+ public:
+  static constexpr int64_t kAlign = 64;      // a packed mask's byte and every vector start on this
+  static constexpr int64_t kChunk = 16384;   // 64 KiB of floats: L1/L2-sized; 8k to 32k measured alike
+  void add(int64_t numel) {
+    starts_.push_back(size_);
+    numels_.push_back(numel);
+    size_ += (numel + kAlign - 1) / kAlign * kAlign;
+  }
+  int64_t chunks() const { return (size_ + kChunk - 1) / kChunk; }
+
+  // f(tensor index, begin, end, chunk) for every piece of every chunk, in order within a chunk.
+  template <class F>
+  void for_each(const F& f) const {
+    const int64_t n_chunks = chunks();
+    // Below 32k elements a second thread costs more than it brings (5-10 us to wake it).
+    par_for(0, n_chunks, n_chunks <= 2 ? n_chunks : 1, [&](int64_t first, int64_t last) {
+      for (int64_t chunk = first; chunk < last; ++chunk) {
+        const int64_t low = chunk * kChunk, high = std::min(size_, low + kChunk);
+        size_t t = std::upper_bound(starts_.begin(), starts_.end(), low) - starts_.begin() - 1;
+        for (; t < starts_.size() && starts_[t] < high; ++t) {
+          const int64_t begin = std::max<int64_t>(0, low - starts_[t]);
+          const int64_t end = std::min(numels_[t], high - starts_[t]);
+          if (begin < end) f(t, begin, end, chunk);
+        }
+      }
+    });
+  }
+
+ private:
+  std::vector<int64_t> starts_, numels_;
+  int64_t size_ = 0;
+};
+
+}  // namespace fastcl

@@ -1,0 +1,219 @@
+// quadratic_penalty and its gradient: memory bound, so one pass over p, a, F (and g) does everything.
+#include <cmath>
+
+#include "../common/cpu.h"
+#include "math.h"
+
+namespace fastcl {
+namespace {
+
+constexpr int kLanes = 16;  // partial sums; fixed, so that a sum does not depend on the vector width
+
+template <class T>
+T sum_lanes(const T* lane) {
+  T total = 0;
+  for (int l = 0; l < kLanes; ++l) total += lane[l];
+  return total;
+}
+
+template <class T, class F>
+struct Penalty {
+  static FASTCL_HD double run(const T* FASTCL_RESTRICT p, const T* FASTCL_RESTRICT a, const F* FASTCL_RESTRICT f,
+                              int64_t n) {
+    using A = arithmetic_t<T>;
+    A lane[kLanes] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes)
+      for (int l = 0; l < kLanes; ++l)
+        lane[l] += quadratic_term(load(p + i + l), load(a + i + l), static_cast<A>(load(f + i + l)));
+    for (; i < n; ++i)
+      lane[i % kLanes] += quadratic_term(load(p + i), load(a + i), static_cast<A>(load(f + i)));
+    return static_cast<double>(sum_lanes(lane));
+  }
+};
+
+// g += slope when `add`, g = slope otherwise; returns sum F (p - a)^2 either way.
+template <class T, class F, bool add>
+struct PenaltyGrad {
+  static FASTCL_HD double run(T* FASTCL_RESTRICT g, const T* FASTCL_RESTRICT p, const T* FASTCL_RESTRICT a,
+                              const F* FASTCL_RESTRICT f, double strength, int64_t n) {
+    using A = arithmetic_t<T>;
+    const A s = static_cast<A>(strength);
+    A lane[kLanes] = {};
+    const auto step = [&](int64_t i, int l) FASTCL_LAMBDA_HD {
+      const A pi = load(p + i), ai = load(a + i), fi = static_cast<A>(load(f + i));
+      lane[l] += quadratic_term(pi, ai, fi);
+      const A slope = quadratic_slope(pi, ai, fi, s);
+      store(g + i, add ? load(g + i) + slope : slope);
+    };
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes)
+      for (int l = 0; l < kLanes; ++l) step(i + l, l);
+    for (; i < n; ++i) step(i, static_cast<int>(i % kLanes));
+    return static_cast<double>(sum_lanes(lane));
+  }
+};
+
+template <class F>
+struct AllValid {
+  static FASTCL_HD bool run(const F* f, int64_t n) {
+    bool good = true;
+    for (int64_t i = 0; i < n; ++i) good &= load(f + i) >= 0;  // false for NaN
+    return good;
+  }
+};
+
+// Importances may be stored narrower or wider than the parameters: the parameter's dtype, float32 or bfloat16.
+template <class T, class Body>
+auto dispatch_importance(ScalarType dtype, const char* op, const std::string& name, Body body) {
+  if (dtype == ScalarType::BFloat16) return body(BFloat16{});
+  if (dtype == ScalarType::Float) return body(float{});
+  FASTCL_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Half, op, ": ", name,
+               " must be of a floating-point dtype");
+  return body(T{});
+}
+
+// The checked arguments, in the memory order of the parameters.
+struct Problem {
+  const char* op;
+  Tensors params, anchors, importances;
+  VirtualArray all;
+  bool wide = false;  // some parameter is float64
+
+  Problem(const char* op_, Tensors p, Tensors a, Tensors f, double strength, bool check)
+      : op(op_), params(std::move(p)), anchors(std::move(a)), importances(std::move(f)) {
+    FASTCL_CHECK(std::isfinite(strength) && strength >= 0, op, ": strength is ", strength,
+                 " but must be finite and not negative");
+    check_lengths(anchors.size(), params.size(), op, "anchors", "params");
+    check_lengths(importances.size(), params.size(), op, "importances", "params");
+    for (size_t i = 0; i < params.size(); ++i) {
+      const Tensor& param = params[i];
+      const std::string name = item("params", i);
+      FASTCL_CHECK(param.is_cpu(), op, ": ", name, " must be a CPU tensor");
+      dispatch_float(param.scalar_type(), op, name, [](auto) {});
+      check_like(anchors[i], param, op, item("anchors", i), name);
+      check_same_dtype(anchors[i], param, op, item("anchors", i), name);
+      check_like(importances[i], param, op, item("importances", i), name);
+      const ScalarType f_type = importances[i].scalar_type();
+      FASTCL_CHECK(f_type == param.scalar_type() || f_type == ScalarType::Float || f_type == ScalarType::BFloat16, op,
+                   ": ", item("importances", i), " must have the dtype of ", name, ", float32 or bfloat16");
+      wide |= param.scalar_type() == ScalarType::Double;
+      if (!is_dense(param)) params[i] = torch::stable::contiguous(param);
+      anchors[i] = in_layout_of(anchors[i], params[i]);
+      importances[i] = in_layout_of(importances[i], params[i]);
+      all.add(param.numel());
+    }
+    if (check) check_importances();
+  }
+
+  void check_importances() const {
+    std::vector<int64_t> bad(all.chunks(), -1);
+    all.for_each([&](size_t t, int64_t begin, int64_t end, int64_t chunk) {
+      dispatch_float(importances[t].scalar_type(), op, "importances", [&](auto type) {
+        using F = decltype(type);
+        if (!simd<AllValid<F>>(static_cast<const F*>(importances[t].const_data_ptr()) + begin, end - begin))
+          bad[chunk] = static_cast<int64_t>(t);
+      });
+    });
+    for (int64_t t : bad)
+      FASTCL_CHECK(t < 0, op, ": ", item("importances", static_cast<size_t>(t)), " has NaN or negative values");
+  }
+
+  // f(T{}, F{}, tensor, begin, end) -> that piece's sum; pieces are added chunk by chunk in double.
+  template <class Piece>
+  double sum(const Piece& piece) const {
+    std::vector<double> partial(all.chunks(), 0.0);
+    all.for_each([&](size_t t, int64_t begin, int64_t end, int64_t chunk) {
+      dispatch_float(params[t].scalar_type(), op, "params", [&](auto type) {
+        using T = decltype(type);
+        dispatch_importance<T>(importances[t].scalar_type(), op, "importances",
+                               [&](auto f_type) { partial[chunk] += piece(type, f_type, t, begin, end); });
+      });
+    });
+    double total = 0;
+    for (double part : partial) total += part;
+    return total;
+  }
+
+  template <class T>
+  const T* at(const Tensors& list, size_t t, int64_t begin) const {
+    return static_cast<const T*>(list[t].const_data_ptr()) + begin;
+  }
+
+  Tensor value(double sum_of_terms, double strength) const {
+    Tensor result = torch::stable::empty({}, wide ? ScalarType::Double : ScalarType::Float);
+    const double value = 0.5 * strength * sum_of_terms;
+    if (wide)
+      *static_cast<double*>(result.mutable_data_ptr()) = value;
+    else
+      *static_cast<float*>(result.mutable_data_ptr()) = static_cast<float>(value);
+    return result;
+  }
+
+  template <bool add>
+  double gradient(const std::vector<Tensor>& grads, double strength) const {
+    return sum([&](auto type, auto f_type, size_t t, int64_t begin, int64_t end) {
+      using T = decltype(type);
+      using F = decltype(f_type);
+      return simd<PenaltyGrad<T, F, add>>(static_cast<T*>(grads[t].mutable_data_ptr()) + begin,
+                                          at<T>(params, t, begin), at<T>(anchors, t, begin),
+                                          at<F>(importances, t, begin), strength, end - begin);
+    });
+  }
+};
+
+Tensor quadratic_penalty(Tensors params, Tensors anchors, Tensors importances, double strength, bool check) {
+  const Problem problem("quadratic_penalty", std::move(params), std::move(anchors), std::move(importances), strength,
+                        check);
+  const double total = problem.sum([&](auto type, auto f_type, size_t t, int64_t begin, int64_t end) {
+    using T = decltype(type);
+    using F = decltype(f_type);
+    return simd<Penalty<T, F>>(problem.at<T>(problem.params, t, begin), problem.at<T>(problem.anchors, t, begin),
+                               problem.at<F>(problem.importances, t, begin), end - begin);
+  });
+  return problem.value(total, strength);
+}
+
+Tensors quadratic_penalty_backward(Tensor grad_value, Tensors params, Tensors anchors, Tensors importances,
+                                   double strength) {
+  const char* op = "quadratic_penalty_backward";
+  const Problem problem(op, std::move(params), std::move(anchors), std::move(importances), strength, false);
+  FASTCL_CHECK(grad_value.is_cpu() && grad_value.numel() == 1, op, ": grad_value must be one number on the CPU");
+  const double upstream = dispatch_float(grad_value.scalar_type(), op, "grad_value", [&](auto type) {
+    using T = decltype(type);
+    return static_cast<double>(load(static_cast<const T*>(grad_value.const_data_ptr())));
+  });
+  Tensors grads;
+  for (const Tensor& p : problem.params) grads.push_back(torch::stable::empty_like(p));
+  problem.gradient<false>(grads, strength * upstream);
+  return grads;
+}
+
+Tensor quadratic_penalty_grad_(Tensors grads, Tensors params, Tensors anchors, Tensors importances, double strength,
+                               bool check) {
+  const char* op = "quadratic_penalty_grad_";
+  check_lengths(grads.size(), params.size(), op, "grads", "params");
+  for (size_t i = 0; i < grads.size(); ++i) {
+    check_output(grads[i], op, item("grads", i));
+    check_like(grads[i], params[i], op, item("grads", i), item("params", i));
+    check_same_dtype(grads[i], params[i], op, item("grads", i), item("params", i));
+  }
+  check_distinct(grads, {&params, &anchors, &importances}, op, "grads", {"params", "anchors", "importances"});
+  const Problem problem(op, std::move(params), std::move(anchors), std::move(importances), strength, check);
+  Tensors work;
+  for (size_t i = 0; i < grads.size(); ++i) work.push_back(in_layout_of(grads[i], problem.params[i]));
+  const double total = problem.gradient<true>(work, strength);
+  for (size_t i = 0; i < grads.size(); ++i)
+    if (work[i].const_data_ptr() != grads[i].const_data_ptr()) torch::stable::copy_(grads[i], work[i]);
+  return problem.value(total, strength);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(FASTCL_NS, CPU, m) {
+  m.impl("quadratic_penalty", TORCH_BOX(&quadratic_penalty));
+  m.impl("quadratic_penalty_backward", TORCH_BOX(&quadratic_penalty_backward));
+  m.impl("quadratic_penalty_grad_", TORCH_BOX(&quadratic_penalty_grad_));
+}
+
+}  // namespace fastcl

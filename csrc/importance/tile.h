@@ -1,0 +1,80 @@
+// The register tile under accumulate_outer_: for one MR x NR block of the weight, the gradient of every sample,
+// |.|^power of it, and the sum over samples, without the per-sample gradient ever leaving the registers.
+#pragma once
+#include "math.h"
+
+namespace fastcl {
+
+enum class Reduce { plain, absolute, square };  // what is done to a sample's gradient before it is summed
+
+// g is packed [samples][positions][MR], a is packed [samples][positions][NR], out is row-major with row length ldo.
+template <class T>
+using TileFunction = void (*)(const T* g, const T* a, T* out, int64_t ldo, int64_t samples, int64_t positions,
+                              Reduce reduce);
+
+template <class T, int MR_, int VECTORS, int WIDTH>
+struct Tile {
+  static constexpr int MR = MR_, NR = VECTORS * WIDTH;
+#ifdef __GNUC__
+  typedef T Vector __attribute__((vector_size(WIDTH * sizeof(T)), aligned(sizeof(T)), may_alias));
+#else
+  struct Vector {  // the same arithmetic for compilers without vector types
+    T x[WIDTH];
+    friend Vector operator*(Vector a, const Vector& b) {
+      for (int i = 0; i < WIDTH; ++i) a.x[i] *= b.x[i];
+      return a;
+    }
+    friend Vector operator*(Vector a, T b) {
+      for (int i = 0; i < WIDTH; ++i) a.x[i] *= b;
+      return a;
+    }
+    Vector& operator+=(const Vector& b) {
+      for (int i = 0; i < WIDTH; ++i) x[i] += b.x[i];
+      return *this;
+    }
+    Vector operator-() const {
+      Vector a;
+      for (int i = 0; i < WIDTH; ++i) a.x[i] = -x[i];
+      return a;
+    }
+  };
+#endif
+
+  static FASTCL_HD Vector absolute(Vector v) {
+    const T* x = reinterpret_cast<const T*>(&v);
+    Vector result;
+    T* r = reinterpret_cast<T*>(&result);
+    for (int i = 0; i < WIDTH; ++i) r[i] = abs(x[i]);
+    return result;
+  }
+
+  template <Reduce reduce>
+  static FASTCL_HD void sum_samples(const T* g, const T* a, T* out, int64_t ldo, int64_t samples, int64_t positions) {
+    Vector total[MR][VECTORS] = {};  // stays in L1; touched once per sample
+    for (int64_t n = 0; n < samples; ++n) {
+      Vector dw[MR][VECTORS] = {};
+      for (int64_t p = 0; p < positions; ++p, g += MR, a += NR) {
+        Vector row[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) row[v] = *reinterpret_cast<const Vector*>(a + v * WIDTH);
+        for (int o = 0; o < MR; ++o)
+          for (int v = 0; v < VECTORS; ++v) dw[o][v] += row[v] * g[o];
+      }
+      for (int o = 0; o < MR; ++o)
+        for (int v = 0; v < VECTORS; ++v)
+          total[o][v] += reduce == Reduce::square     ? dw[o][v] * dw[o][v]
+                         : reduce == Reduce::absolute ? absolute(dw[o][v])
+                                                      : dw[o][v];
+    }
+    for (int o = 0; o < MR; ++o)
+      for (int v = 0; v < VECTORS; ++v) *reinterpret_cast<Vector*>(out + o * ldo + v * WIDTH) += total[o][v];
+  }
+
+  static FASTCL_HD void run(const T* g, const T* a, T* out, int64_t ldo, int64_t samples, int64_t positions,
+                            Reduce reduce) {
+    if (reduce == Reduce::square) return sum_samples<Reduce::square>(g, a, out, ldo, samples, positions);
+    if (reduce == Reduce::absolute) return sum_samples<Reduce::absolute>(g, a, out, ldo, samples, positions);
+    sum_samples<Reduce::plain>(g, a, out, ldo, samples, positions);
+  }
+};
+
+}  // namespace fastcl

@@ -1,0 +1,13 @@
+"""fastcl: fused kernels for continual learning in PyTorch, and a thin, exact method layer above them."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from . import ops
+from ._info import build_info
+
+try:
+    __version__ = version("fastcl")
+except PackageNotFoundError:  # a source tree on the path, not installed
+    __version__ = "0+unknown"
+
+__all__ = ["__version__", "build_info", "ops"]

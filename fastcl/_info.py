@@ -1,0 +1,39 @@
+"""What was built, and which kernels run here."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from . import _ops
+
+
+def build_info() -> dict[str, Any]:
+    """Versions, compiler, CPU features and, for each op, which kernel answers on the CPU.
+
+    Returns a plain dict (JSON-serialisable). ``kernels[op]`` is ``"c++"`` or ``"reference"``; without the compiled
+    library every op runs its plain torch reference and ``pure_python`` is True.
+
+    Example:
+        >>> fastcl.build_info()["kernels"]["masked_grad_"]
+        'c++'
+    """
+    info: dict[str, Any] = {
+        "torch": torch.__version__,
+        "pure_python": _ops.pure_python,
+        "library": None if _ops.pure_python else str(_ops.LIBRARY),
+        "threads": torch.get_num_threads(),
+        "forced_cpu": os.environ.get("FASTCL_CPU"),
+        "kernels": {
+            name: "c++" if _ops.has_kernel(name, "CPU") else "reference" for name in sorted(_ops.catalogue)
+        },
+    }
+    try:
+        from . import _C  # type: ignore[attr-defined]
+    except ImportError:
+        info["extension"] = None  # kernels do not need it
+    else:
+        info["extension"] = _C.build_info()
+    return info

@@ -1,0 +1,15 @@
+"""The kernels, one package per hot path. Every function here is also an op, ``torch.ops.fastcl.<name>``."""
+
+from .annealed_mask import annealed_mask
+from .importance import accumulate_outer_, quadratic_penalty, quadratic_penalty_grad_
+from .masked_grad import masked_grad_
+from .proximal import soft_threshold_
+
+__all__ = [
+    "accumulate_outer_",
+    "annealed_mask",
+    "masked_grad_",
+    "quadratic_penalty",
+    "quadratic_penalty_grad_",
+    "soft_threshold_",
+]

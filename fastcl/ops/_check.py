@@ -1,0 +1,85 @@
+"""The checks of the plain torch references: the kernels' own rules and words, for builds without a compiler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def has_values(t: Tensor) -> bool:
+    """False for meta and fake tensors, whose values cannot be looked at."""
+    return t.device.type != "meta" and not isinstance(t, FakeTensor) and not torch.compiler.is_compiling()
+
+
+def number(op: str, name: str, value: float, *, finite: bool = True) -> None:
+    if not value >= 0 or (finite and math.isinf(value)):
+        must = "finite and not negative" if finite else "not negative or NaN"
+        raise ValueError(f"{op}: {name} is {value} but must be {must}")
+
+
+def lengths(op: str, name: str, n: int, like: str, expected: int) -> None:
+    if n != expected:
+        raise ValueError(f"{op}: {name} has {n} tensors but must have as many as {like}, {expected}")
+
+
+def floating(op: str, name: str, t: Tensor) -> None:
+    if t.dtype not in FLOATS:
+        raise ValueError(f"{op}: {name} must be float32, float64, bfloat16 or float16")
+
+
+def like(op: str, name: str, t: Tensor, like_name: str, other: Tensor, *, dtype: bool = False) -> None:
+    if t.device != other.device:
+        raise ValueError(f"{op}: {name} must be a {other.device.type.upper()} tensor like {like_name}")
+    if t.shape != other.shape:
+        raise ValueError(
+            f"{op}: {name} has shape {list(t.shape)} but must have the shape of {like_name}, {list(other.shape)}"
+        )
+    if dtype and t.dtype != other.dtype:
+        raise ValueError(f"{op}: {name} must have the dtype of {like_name}")
+
+
+def output(op: str, name: str, t: Tensor) -> None:
+    if any(size > 1 and stride == 0 for size, stride in zip(t.shape, t.stride(), strict=True)):
+        raise ValueError(f"{op}: {name} overlaps itself (an expanded tensor): write to a contiguous clone instead")
+
+
+def distinct(op: str, name: str, outputs: Sequence[Tensor], **inputs: Sequence[Tensor]) -> None:
+    """No output may share memory with another output or with an input."""
+    seen: list[tuple[int, int, str]] = []
+    for i, t in enumerate(outputs):
+        if not has_values(t) or not t.numel():
+            continue
+        seen.append((*_span(t), f"{name}[{i}]"))
+    seen.sort()
+    for (_, end, before), (begin, _, after) in zip(seen, seen[1:], strict=False):
+        if end > begin:
+            raise ValueError(f"{op}: {after} shares memory with {before}: each must have its own")
+    for list_name, tensors in inputs.items():
+        for i, t in enumerate(tensors):
+            if not has_values(t) or not t.numel():
+                continue
+            begin, end = _span(t)
+            for low, high, owner in seen:
+                if begin < high and low < end:
+                    raise ValueError(f"{op}: {list_name}[{i}] shares memory with {owner}, which is written")
+
+
+def _span(t: Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
+
+
+def in_unit_interval(op: str, name: str, t: Tensor) -> None:
+    if has_values(t) and t.dtype != torch.bool and not ((t >= 0) & (t <= 1)).all():
+        raise ValueError(f"{op}: {name} has values outside [0, 1] or NaN")
+
+
+def not_negative(op: str, name: str, t: Tensor) -> None:
+    if has_values(t) and not (t >= 0).all():
+        raise ValueError(f"{op}: {name} has NaN or negative values")

@@ -1,0 +1,50 @@
+"""Builds csrc/ into fastcl/libfastcl.so (kernels, Python-free) and fastcl._C (pybind11); see CONTRIBUTING.md."""
+
+import os
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+PURE = os.environ.get("FASTCL_PURE_PYTHON") == "1"
+HELP = "or build without a compiler: FASTCL_PURE_PYTHON=1 pip install ."
+
+if PURE:
+    extensions, commands = [], {}
+else:
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError:
+        sys.exit("fastcl builds against torch: run `pip install 'torch>=2.10'` first (with --no-build-isolation).")
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+        sys.exit(f"fastcl needs torch >= 2.10, found {torch.__version__}: run `pip install -U torch`.")
+    import pybind11
+
+    class Build(cpp_extension.BuildExtension):
+        """torch's ninja build, with one plain name for the library that knows no Python."""
+
+        def get_ext_filename(self, name: str) -> str:
+            if name.split(".")[-1] != "libfastcl":
+                return super().get_ext_filename(name)
+            return os.path.join(*name.split(".")) + ".so"
+
+        def build_extensions(self) -> None:
+            try:
+                super().build_extensions()
+            except Exception as error:  # whatever the compiler said stands above; this line says what to do
+                raise SystemExit(f"fastcl: compiling failed ({error}). Install a C++17 compiler (Debian: apt-get "
+                                 f"install g++; macOS: xcode-select --install), {HELP}") from error
+
+    target = [] if os.name == "nt" else ["-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-g0"]
+    common = dict(library_dirs=cpp_extension.library_paths(), language="c++")
+    extensions = [
+        Extension("fastcl.libfastcl", sorted(map(str, Path("csrc").glob("*/*.cpp"))), libraries=["torch_cpu"],
+                  include_dirs=cpp_extension.include_paths(), extra_compile_args=target,
+                  define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000"), ("FASTCL_NS", "fastcl")], **common),
+        Extension("fastcl._C", ["csrc/module.cpp"], include_dirs=[pybind11.get_include()], extra_compile_args=target,
+                  define_macros=[("FASTCL_TORCH_HEADERS", f'"{torch.__version__}"')], **common),
+    ]
+    commands = {"build_ext": Build}
+
+setup(ext_modules=extensions, cmdclass=commands)
