@@ -33,17 +33,35 @@ else:
             try:
                 super().build_extensions()
             except Exception as error:  # whatever the compiler said stands above; this line says what to do
-                raise SystemExit(f"fastcl: compiling failed ({error}). Install a C++17 compiler (Debian: apt-get "
-                                 f"install g++; macOS: xcode-select --install), {HELP}") from error
+                raise SystemExit(
+                    f"fastcl: compiling failed ({error}). Install a C++17 compiler (Debian: apt-get "
+                    f"install g++; macOS: xcode-select --install), {HELP}"
+                ) from error
 
-    target = [] if os.name == "nt" else ["-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-g0"]
+    target = (
+        []
+        if os.name == "nt"
+        else ["-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-g0"]
+    )
     common = dict(library_dirs=cpp_extension.library_paths(), language="c++")
     extensions = [
-        Extension("fastcl.libfastcl", sorted(map(str, Path("csrc").glob("*/*.cpp"))), libraries=["torch_cpu"],
-                  include_dirs=cpp_extension.include_paths(), extra_compile_args=target,
-                  define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000"), ("FASTCL_NS", "fastcl")], **common),
-        Extension("fastcl._C", ["csrc/module.cpp"], include_dirs=[pybind11.get_include()], extra_compile_args=target,
-                  define_macros=[("FASTCL_TORCH_HEADERS", f'"{torch.__version__}"')], **common),
+        Extension(
+            "fastcl.libfastcl",
+            sorted(map(str, Path("csrc").glob("*/*.cpp"))),
+            libraries=["torch_cpu"],
+            include_dirs=cpp_extension.include_paths(),
+            extra_compile_args=target,
+            define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000"), ("FASTCL_NS", "fastcl")],
+            **common,
+        ),
+        Extension(
+            "fastcl._C",
+            ["csrc/module.cpp"],
+            include_dirs=[pybind11.get_include()],
+            extra_compile_args=target,
+            define_macros=[("FASTCL_TORCH_HEADERS", f'"{torch.__version__}"')],
+            **common,
+        ),
     ]
     commands = {"build_ext": Build}
 

@@ -4,10 +4,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import ops
 from ._info import build_info
+from .importance import EWC, FallbackWarning, fisher_diagonal
 
 try:
     __version__ = version("fastcl")
 except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+unknown"
 
-__all__ = ["__version__", "build_info", "ops"]
+__all__ = ["EWC", "FallbackWarning", "__version__", "build_info", "fisher_diagonal", "ops"]

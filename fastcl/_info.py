@@ -26,9 +26,7 @@ def build_info() -> dict[str, Any]:
         "library": None if _ops.pure_python else str(_ops.LIBRARY),
         "threads": torch.get_num_threads(),
         "forced_cpu": os.environ.get("FASTCL_CPU"),
-        "kernels": {
-            name: "c++" if _ops.has_kernel(name, "CPU") else "reference" for name in sorted(_ops.catalogue)
-        },
+        "kernels": {name: "c++" if _ops.has_kernel(name, "CPU") else "reference" for name in sorted(_ops.catalogue)},
     }
     try:
         from . import _C  # type: ignore[attr-defined]

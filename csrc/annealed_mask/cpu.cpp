@@ -1,8 +1,8 @@
-#include "math.h"
+#include "../common/cpu.h"
 
 #include <cmath>
 
-#include "../common/cpu.h"
+#include "math.h"
 
 namespace fastcl {
 namespace {
@@ -46,9 +46,8 @@ Tensor annealed_mask_cpu(Tensor embedding, double scale) {
     using T = decltype(type);
     T* m = static_cast<T*>(mask.mutable_data_ptr());
     const T* e = static_cast<const T*>(embedding.const_data_ptr());
-    for_elements(embedding.numel(), [&](int64_t begin, int64_t n) {
-      simd<AnnealedMask<T>>(m + begin, e + begin, scale, n);
-    });
+    for_elements(embedding.numel(),
+                 [&](int64_t begin, int64_t n) { simd<AnnealedMask<T>>(m + begin, e + begin, scale, n); });
   });
   return mask;
 }

@@ -52,7 +52,7 @@ template <class... Parts>
 // A body is a struct with a static FASTCL_HD function `run`; simd<Body>(args...) calls the copy for this CPU.
 
 enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2 };
-Isa isa();               // this CPU's, or lower when FASTCL_CPU=baseline|avx2 asks for it
+Isa isa();  // this CPU's, or lower when FASTCL_CPU=baseline|avx2 asks for it
 const char* isa_name();
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -150,10 +150,11 @@ auto dispatch_float(ScalarType dtype, const char* op, const std::string& name, F
 // ---- lists of tensors as one virtual array ----
 
 std::string item(const char* list, size_t i);
-bool is_dense(const Tensor& t);                       // non-overlapping, no gaps
-bool same_layout(const Tensor& a, const Tensor& b);   // element k in memory is the same index in both
+bool is_dense(const Tensor& t);                      // non-overlapping, no gaps
+bool same_layout(const Tensor& a, const Tensor& b);  // element k in memory is the same index in both
 void check_output(const Tensor& t, const char* op, const std::string& name);  // CPU, strided, no self-overlap
-void check_like(const Tensor& t, const Tensor& like, const char* op, const std::string& name, const std::string& like_name);
+void check_like(const Tensor& t, const Tensor& like, const char* op, const std::string& name,
+                const std::string& like_name);
 void check_same_dtype(const Tensor& t, const Tensor& like, const char* op, const std::string& name,
                       const std::string& like_name);
 void check_lengths(size_t n, size_t expected, const char* op, const char* name, const char* like_name);
@@ -179,8 +180,8 @@ class Output {
 // Chunks do not depend on the number of threads, so neither do sums taken chunk by chunk.
 class VirtualArray {
  public:
-  static constexpr int64_t kAlign = 64;      // a packed mask's byte and every vector start on this
-  static constexpr int64_t kChunk = 16384;   // 64 KiB of floats: L1/L2-sized; 8k to 32k measured alike
+  static constexpr int64_t kAlign = 64;     // a packed mask's byte and every vector start on this
+  static constexpr int64_t kChunk = 16384;  // 64 KiB of floats: L1/L2-sized; 8k to 32k measured alike
   void add(int64_t numel) {
     starts_.push_back(size_);
     numels_.push_back(numel);

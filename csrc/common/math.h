@@ -48,8 +48,8 @@ FASTCL_HD float exp(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.f;
-  return p * float_from_bits(static_cast<int32_t>(
-                 static_cast<uint32_t>(float_bits(shifted) - float_bits(12582912.f) + 127) << 23));
+  return p * float_from_bits(
+                 static_cast<int32_t>(static_cast<uint32_t>(float_bits(shifted) - float_bits(12582912.f) + 127) << 23));
 }
 
 // The same in double: Taylor to r^13 leaves 1e-17 at |r| = ln(2)/2.

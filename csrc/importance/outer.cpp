@@ -68,7 +68,8 @@ struct PackPanel {
 };
 
 template <class T, class In>
-void pack(T* panel, const Operand& from, int64_t row_begin, int64_t row_end, int64_t feature, int64_t width, int power) {
+void pack(T* panel, const Operand& from, int64_t row_begin, int64_t row_end, int64_t feature, int64_t width,
+          int power) {
   if (power == 2) return simd<PackPanel<T, In, 2>>(panel, &from, row_begin, row_end, feature, width);
   if (power == 1) return simd<PackPanel<T, In, 1>>(panel, &from, row_begin, row_end, feature, width);
   simd<PackPanel<T, In, 0>>(panel, &from, row_begin, row_end, feature, width);
@@ -127,8 +128,8 @@ void accumulate(T* out, const Operand& g, const Operand& a, int power) {
 
 Operand operand(const Tensor& t) {
   const bool tokens = t.dim() == 3;
-  return {t.const_data_ptr(), t.size(0),   tokens ? t.size(1) : 1,         t.size(-1),
-          t.stride(0),        tokens ? t.stride(1) : 0, t.stride(-1)};
+  return {t.const_data_ptr(),       t.size(0),   tokens ? t.size(1) : 1, t.size(-1), t.stride(0),
+          tokens ? t.stride(1) : 0, t.stride(-1)};
 }
 
 void accumulate_outer_(Tensor out, Tensor grad, Tensor activation, int64_t power) {

@@ -26,8 +26,7 @@ struct Penalty {
     for (; i + kLanes <= n; i += kLanes)
       for (int l = 0; l < kLanes; ++l)
         lane[l] += quadratic_term(load(p + i + l), load(a + i + l), static_cast<A>(load(f + i + l)));
-    for (; i < n; ++i)
-      lane[i % kLanes] += quadratic_term(load(p + i), load(a + i), static_cast<A>(load(f + i)));
+    for (; i < n; ++i) lane[i % kLanes] += quadratic_term(load(p + i), load(a + i), static_cast<A>(load(f + i)));
     return static_cast<double>(sum_lanes(lane));
   }
 };
@@ -155,9 +154,9 @@ struct Problem {
     return sum([&](auto type, auto f_type, size_t t, int64_t begin, int64_t end) {
       using T = decltype(type);
       using F = decltype(f_type);
-      return simd<PenaltyGrad<T, F, add>>(static_cast<T*>(grads[t].mutable_data_ptr()) + begin,
-                                          at<T>(params, t, begin), at<T>(anchors, t, begin),
-                                          at<F>(importances, t, begin), strength, end - begin);
+      return simd<PenaltyGrad<T, F, add>>(static_cast<T*>(grads[t].mutable_data_ptr()) + begin, at<T>(params, t, begin),
+                                          at<T>(anchors, t, begin), at<F>(importances, t, begin), strength,
+                                          end - begin);
     });
   }
 };

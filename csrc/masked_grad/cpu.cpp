@@ -1,4 +1,5 @@
 #include "../common/cpu.h"
+
 #include "math.h"
 
 namespace fastcl {

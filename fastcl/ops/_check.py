@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def distinct(op: str, name: str, outputs: Sequence[Tensor], **inputs: Sequence[T
             continue
         seen.append((*_span(t), f"{name}[{i}]"))
     seen.sort()
-    for (_, end, before), (begin, _, after) in zip(seen, seen[1:], strict=False):
+    for (_, end, before), (begin, _, after) in pairwise(seen):
         if end > begin:
             raise ValueError(f"{op}: {after} shares memory with {before}: each must have its own")
     for list_name, tensors in inputs.items():

@@ -12,7 +12,8 @@ from . import reference
 
 _annealed_mask = define("annealed_mask(Tensor embedding, float scale) -> Tensor", reference.annealed_mask)
 _annealed_mask_backward = define(
-    "annealed_mask_backward(Tensor grad, Tensor embedding, float scale) -> Tensor", reference.annealed_mask_backward
+    "annealed_mask_backward(Tensor grad, Tensor embedding, float scale) -> Tensor",
+    reference.annealed_mask_backward,
 )
 
 

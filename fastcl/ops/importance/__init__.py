@@ -11,11 +11,10 @@ from ..._ops import call, call_in_place, define, differentiable, not_differentia
 from . import reference
 
 _PROBLEM = "Tensor[] params, Tensor[] anchors, Tensor[] importances, float strength"
-_quadratic_penalty = define(
-    f"quadratic_penalty({_PROBLEM}, bool check=True) -> Tensor", reference.quadratic_penalty
-)
+_quadratic_penalty = define(f"quadratic_penalty({_PROBLEM}, bool check=True) -> Tensor", reference.quadratic_penalty)
 _quadratic_penalty_backward = define(
-    f"quadratic_penalty_backward(Tensor grad_value, {_PROBLEM}) -> Tensor[]", reference.quadratic_penalty_backward
+    f"quadratic_penalty_backward(Tensor grad_value, {_PROBLEM}) -> Tensor[]",
+    reference.quadratic_penalty_backward,
 )
 _quadratic_penalty_grad_ = define(
     f"quadratic_penalty_grad_(Tensor(a!)[] grads, {_PROBLEM}, bool check=True) -> Tensor",

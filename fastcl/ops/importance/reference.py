@@ -9,7 +9,11 @@ from .. import _check
 
 
 def quadratic_penalty(
-    params: list[Tensor], anchors: list[Tensor], importances: list[Tensor], strength: float, check: bool = True
+    params: list[Tensor],
+    anchors: list[Tensor],
+    importances: list[Tensor],
+    strength: float,
+    check: bool = True,
 ) -> Tensor:
     _check_problem("quadratic_penalty", params, anchors, importances, strength, check)
     total = sum(
@@ -20,7 +24,11 @@ def quadratic_penalty(
 
 
 def quadratic_penalty_backward(
-    grad_value: Tensor, params: list[Tensor], anchors: list[Tensor], importances: list[Tensor], strength: float
+    grad_value: Tensor,
+    params: list[Tensor],
+    anchors: list[Tensor],
+    importances: list[Tensor],
+    strength: float,
 ) -> list[Tensor]:
     _check_problem("quadratic_penalty_backward", params, anchors, importances, strength, False)
     return [
@@ -110,9 +118,7 @@ def _check_problem(
         _check.like(op, f"anchors[{i}]", a, f"params[{i}]", p, dtype=True)
         _check.like(op, f"importances[{i}]", f, f"params[{i}]", p)
         if f.dtype not in (p.dtype, torch.float32, torch.bfloat16):
-            raise ValueError(
-                f"{op}: importances[{i}] must have the dtype of params[{i}], float32 or bfloat16"
-            )
+            raise ValueError(f"{op}: importances[{i}] must have the dtype of params[{i}], float32 or bfloat16")
     if values:
         for i, f in enumerate(importances):
             _check.not_negative(op, f"importances[{i}]", f)
