@@ -1,0 +1,39 @@
+# Two commands for a newcomer: `make demo` and `make test`. Everything lives in .venv.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+RUN = $(VENV)/bin
+
+.PHONY: demo test bench lint wheel torch-versions clean
+
+demo: $(VENV)/.built  ## train a continual-learning stream on real data (about two minutes)
+	$(RUN)/python -m fastcl demo --out out
+
+test: $(VENV)/.built  ## build and run the tests
+	$(RUN)/python -m pytest -q
+
+bench: $(VENV)/.built  ## every op against eager torch, torch.compile and the limit of this machine
+	$(RUN)/python -m pytest bench -q -s --benchmark-json out/bench.json
+
+lint: $(VENV)/.built
+	$(RUN)/pip install -q ruff clang-format
+	$(RUN)/ruff check . && $(RUN)/ruff format --check .
+	$(RUN)/clang-format --dry-run --Werror csrc/*/*.h csrc/*/*.cpp csrc/*.cpp
+
+wheel: $(VENV)/.built  ## sdist and wheel in dist/
+	$(RUN)/pip install -q build && $(RUN)/python -m build --no-isolation
+
+torch-versions: ## one build under several torch versions (downloads gigabytes; not part of CI)
+	bash .ci/torch-versions
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/pip install -q $(TORCH) "setuptools>=77" "pybind11>=3" ninja numpy wheel
+	touch $@
+
+$(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+	$(RUN)/pip install -q -e ".[test]" --no-build-isolation
+	mkdir -p out && touch $@
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info fastcl/*.so
