@@ -48,6 +48,7 @@ class _Layer:
     calls: list[Call] = field(default_factory=list)
     waiting: int = 0  # calls whose output gradient has not arrived
     last_pass: bool = False
+    probed: list[torch.Size] = field(default_factory=list)  # input shapes for another number of samples
 
 
 class ImportancePass:
@@ -71,6 +72,7 @@ class ImportancePass:
             name: torch.zeros_like(p, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32)
             for name, p in self.params.items()
         }
+        self._sample_first: dict[nn.Module, bool] = {}
         for name, module in model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
                 raise ValueError(
@@ -88,6 +90,9 @@ class ImportancePass:
             return
         layers, hooks = self._watch()
         try:
+            if self.count == 0:
+                with torch.no_grad():
+                    forward(self.model, _map(x, lambda t: t[:1] if n > 1 else torch.cat([t, t])))
             with torch.enable_grad():
                 output = forward(self.model, x)
             _check_output(output, n)
@@ -118,7 +123,11 @@ class ImportancePass:
             layers.append(layer)
 
             def note(_module: nn.Module, args: tuple[Any, ...], output: Tensor, layer: _Layer = layer) -> None:
-                if output.requires_grad and len(args) == 1:
+                if len(args) != 1:
+                    return  # called with keywords: the graph will show a use that no call explains
+                if not torch.is_grad_enabled():
+                    layer.probed.append(args[0].shape)
+                elif output.requires_grad:
                     edge = torch.autograd.graph.get_gradient_edge(output)
                     call = Call(args[0].detach(), args[0]._version, args[0].requires_grad, edge)
                     layer.calls.append(call)
@@ -129,12 +138,26 @@ class ImportancePass:
             hooks.append(module.register_forward_hook(note, prepend=True))
         return layers, hooks
 
+    def _samples_first(self, layer: _Layer, n: int) -> bool:
+        """Whether dimension 0 of the layer's inputs is the samples'.
+
+        A size that happens to equal n does not make it so: tokens or learned queries may stand there. What changes
+        with the number of samples does: `probed` are the shapes for another number, from one small forward pass.
+        """
+        module, calls = layer.module, layer.calls
+        if module not in self._sample_first:
+            self._sample_first[module] = len(layer.probed) == len(calls) and all(
+                len(other) > 0 and other[0] != call.input.shape[0] and other[1:] == call.input.shape[1:]
+                for call, other in zip(calls, layer.probed, strict=True)
+            )
+        return self._sample_first[module] and all(call.input.shape[0] == n for call in calls)
+
     def _covered(self, layers: list[_Layer], uses: Counter[int], n: int) -> set[str]:
         """Names whose every use in this forward pass is a call of a layer that its rule can treat."""
         owners = Counter(name for layer in layers for name in layer.names.values())
         covered: set[str] = set()
         for layer in layers:
-            fits = all(layer.rule.fits(layer.module, call, n) for call in layer.calls)
+            fits = self._samples_first(layer, n) and all(layer.rule.fits(layer.module, c) for c in layer.calls)
             alone = all(owners[name] == 1 for name in layer.names.values())
             matches = all(uses[id(self.params[name])] == len(layer.calls) for name in layer.names.values())
             if fits and alone and matches:
@@ -238,6 +261,15 @@ def batch_size(x: Any) -> int:
     if len({t.shape[0] for t in tensors}) > 1:
         raise ValueError(f"batches: x has tensors of different sample counts, {[t.shape[0] for t in tensors]}")
     return tensors[0].shape[0]
+
+
+def _map(x: Any, f: Callable[[Tensor], Tensor]) -> Any:
+    """f on every tensor of a batch's x."""
+    if isinstance(x, dict):
+        return {key: f(value) if isinstance(value, Tensor) else value for key, value in x.items()}
+    if isinstance(x, (tuple, list)):
+        return type(x)(f(value) if isinstance(value, Tensor) else value for value in x)
+    return f(x)
 
 
 def _check_output(output: Any, n: int) -> None:

@@ -38,8 +38,8 @@ class Call:
 class Rule(Protocol):
     """A layer type's rule."""
 
-    def fits(self, module: nn.Module, call: Call, n: int) -> bool:
-        """Whether this call's tensors have the samples where the rule expects them."""
+    def fits(self, module: nn.Module, call: Call) -> bool:
+        """Whether the rule can treat this call; its samples are known to be in dimension 0."""
 
     def accumulate(self, module: nn.Module, calls: list[Call], power: int, names: dict[str, str], sums: Sums) -> None:
         """Adds sum_n |sample n's gradient|^power of the parameters in `names` to `sums`."""
@@ -61,8 +61,8 @@ def positions(tensors: list[Tensor]) -> Tensor:
 class LinearRule:
     """y = x W^T + b on [N, I] or [N, ..., I]."""
 
-    def fits(self, module: nn.Module, call: Call, n: int) -> bool:
-        return call.input.dim() >= 2 and call.input.shape[0] == n
+    def fits(self, module: nn.Module, call: Call) -> bool:
+        return call.input.dim() >= 2
 
     def accumulate(self, module: nn.Module, calls: list[Call], power: int, names: dict[str, str], sums: Sums) -> None:
         grad = positions([call.grad for call in calls])
@@ -82,10 +82,10 @@ class AffineRule:
         self.feature_dim = feature_dim  # where the parameter's axis lies; None: the module's last dimensions
         self.normalise = normalise
 
-    def fits(self, module: nn.Module, call: Call, n: int) -> bool:
+    def fits(self, module: nn.Module, call: Call) -> bool:
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
             return False  # statistics of the batch couple the samples
-        return call.input.shape[0] == n and call.input.dim() >= 2
+        return call.input.dim() >= 2
 
     def accumulate(self, module: nn.Module, calls: list[Call], power: int, names: dict[str, str], sums: Sums) -> None:
         weight, bias = 0, 0
