@@ -41,14 +41,14 @@ catalogue: dict[str, torch._ops.OpOverload] = {}
 def define(schema: str, reference: Callable[..., Any]) -> torch._ops.OpOverload:
     """Defines one op; `reference` is its plain torch form: fallback, fake kernel, oracle and baseline in one.
 
-    A mutating op (schema with ``(a!)``, which must be its first argument) also gets the three guards.
+    A mutating op (schema with ``(a!)``; what it mutates comes first) also gets the three guards.
     """
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, reference, "CompositeExplicitAutograd")
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
-    if "(a!)" in schema:
-        _library.impl(name, _guard(op), "Autograd", with_keyset=True)
+    if "!)" in schema:
+        _library.impl(name, _guard(op, schema.count("!)")), "Autograd", with_keyset=True)
     catalogue[name] = op
     return op
 
@@ -68,12 +68,12 @@ def vmap_rule(name: str, rule: Callable[..., Any]) -> None:
     torch.library.register_vmap(f"{NAMESPACE}::{name}", rule, lib=_library)
 
 
-def _guard(op: torch._ops.OpOverload) -> Callable[..., Any]:
-    def kernel(keyset: torch._C.DispatchKeySet, mutated: Any, *args: Any) -> Any:
-        tensors = [mutated] if isinstance(mutated, Tensor) else mutated
+def _guard(op: torch._ops.OpOverload, n_mutated: int) -> Callable[..., Any]:
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        tensors = [t for arg in args[:n_mutated] for t in ((arg,) if isinstance(arg, Tensor) else arg)]
         if torch.is_grad_enabled():
-            _refuse_tracked(op, tensors, args)
-        result = op.redispatch(keyset & _AFTER, mutated, *args)
+            _refuse_tracked(op, tensors, args[n_mutated:])
+        result = op.redispatch(keyset & _AFTER, *args)
         _increment_version(tensors)
         return result
 
@@ -104,12 +104,17 @@ def call(op: torch._ops.OpOverload, *args: Any) -> Any:
         raise _explain(op, error) from None
 
 
-def call_in_place(op: torch._ops.OpOverload, mutated: Tensor | Sequence[Tensor], *args: Any) -> Any:
-    """Calls a mutating op. The same guards as through torch.ops, but in 1 us instead of the dispatcher's 4."""
+def call_in_place(
+    op: torch._ops.OpOverload, mutated: Tensor | Sequence[Tensor], *args: Any, also: Sequence[Tensor] = ()
+) -> Any:
+    """Calls a mutating op: the guards it has through torch.ops, in 1 us instead of the dispatcher's 4.
+
+    `also`: tensors among `args` that are mutated too.
+    """
     if torch.compiler.is_compiling():
         return op(mutated, *args)
     try:
-        tensors = (mutated,) if isinstance(mutated, Tensor) else mutated
+        tensors = (mutated,) if isinstance(mutated, Tensor) else (*mutated, *also)
         if torch.is_grad_enabled():
             _refuse_tracked(op, tensors, args)
         with _BelowAutograd():

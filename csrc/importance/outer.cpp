@@ -1,22 +1,8 @@
 // accumulate_outer_: out[o, i] += sum_n | sum_p g[n, p, o] a[n, p, i] |^power.
 // One position per sample factorises into (|g|^power)^T |a|^power, an ordinary matrix product; several do not.
-#include <memory>
-
-#include "../common/cpu.h"
-#include "tile.h"
+#include "panels.h"
 
 namespace fastcl {
-namespace {
-
-constexpr const char* kOp = "accumulate_outer_";
-// Rows (samples x positions) packed at a time: a 48-float panel of 256 rows is 48 KiB, one L1 of the CPUs measured.
-constexpr int64_t kRows = 256;
-
-template <class T>
-struct TileChoice {
-  int mr, nr;
-  TileFunction<T> run;
-};
 
 #ifdef FASTCL_X86
 template <class T>
@@ -41,95 +27,52 @@ TileChoice<T> choose_tile() {
 #endif
   return {4, 32 / static_cast<int>(sizeof(T)), &tile_baseline<T>};
 }
+template TileChoice<float> choose_tile<float>();
+template TileChoice<double> choose_tile<double>();
 
-// One operand, [samples, positions, features] by strides in elements.
-struct Operand {
-  const void* data;
-  int64_t samples, positions, features;
-  int64_t sample_stride, position_stride, feature_stride;
-};
+namespace {
 
-// Panel: rows x width values, zero beyond `features`; |.|^power applied here when the product factorises.
-template <class T, class In, int power>  // power 0: as it is
-struct PackPanel {
-  static FASTCL_HD void run(T* panel, const Operand* from, int64_t row_begin, int64_t row_end, int64_t feature,
-                            int64_t width) {
-    const int64_t used = from->features - feature < width ? from->features - feature : width;
-    const In* base = static_cast<const In*>(from->data) + feature * from->feature_stride;
-    for (int64_t row = row_begin; row < row_end; ++row, panel += width) {
-      const In* x = base + row / from->positions * from->sample_stride + row % from->positions * from->position_stride;
-      for (int64_t k = 0; k < used; ++k) {
-        const T value = static_cast<T>(load(x + k * from->feature_stride));
-        panel[k] = power == 0 ? value : importance_of<power>(value);
-      }
-      for (int64_t k = used; k < width; ++k) panel[k] = T(0);
-    }
-  }
-};
-
-template <class T, class In>
-void pack(T* panel, const Operand& from, int64_t row_begin, int64_t row_end, int64_t feature, int64_t width,
-          int power) {
-  if (power == 2) return simd<PackPanel<T, In, 2>>(panel, &from, row_begin, row_end, feature, width);
-  if (power == 1) return simd<PackPanel<T, In, 1>>(panel, &from, row_begin, row_end, feature, width);
-  simd<PackPanel<T, In, 0>>(panel, &from, row_begin, row_end, feature, width);
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr const char* kOp = "accumulate_outer_";
+// Rows (samples x positions) packed at a time: a 48-float panel of 256 rows is 48 KiB, one L1 of the CPUs measured.
+constexpr int64_t kRows = 256;
 
 template <class T, class In>
 void accumulate(T* out, const Operand& g, const Operand& a, int power) {
   const TileChoice<T> tile = choose_tile<T>();
   const bool factorises = g.positions == 1;
   const int pack_power = factorises ? power : 0;
-  const Reduce reduce = factorises ? Reduce::plain : power == 2 ? Reduce::square : Reduce::absolute;
-  const int64_t block = std::max<int64_t>(1, kRows / g.positions);  // samples per block
-  const int64_t g_panels = ceil_div(g.features, tile.mr), a_panels = ceil_div(a.features, tile.nr);
-  // Enough tasks for the threads even when the weight is narrow; each task packs its activation panel itself.
-  const int64_t groups = std::min(g_panels, ceil_div(8, a_panels));
-  const int64_t rows_max = std::min(block, g.samples) * g.positions;
-  std::unique_ptr<T[]> g_packed(new T[g_panels * tile.mr * rows_max]);
+  const int64_t per_block = std::max<int64_t>(1, kRows / g.positions);
+  const int64_t panels = ceil_div(g.features, tile.mr);
+  std::unique_ptr<T[]> g_packed(new T[panels * tile.mr * std::min(per_block, g.samples) * g.positions]);
 
-  for (int64_t n0 = 0; n0 < g.samples; n0 += block) {
-    const int64_t n1 = std::min(g.samples, n0 + block), rows = (n1 - n0) * g.positions;
-    const int64_t row0 = n0 * g.positions, row1 = n1 * g.positions;
-    const int64_t tile_samples = factorises ? 1 : n1 - n0, tile_positions = factorises ? rows : g.positions;
-    par_for(0, g_panels, std::max<int64_t>(1, 32768 / (rows * tile.mr)), [&](int64_t first, int64_t last) {
+  for (int64_t n0 = 0; n0 < g.samples; n0 += per_block) {
+    const int64_t samples = std::min(per_block, g.samples - n0), rows = samples * g.positions;
+    const int64_t row0 = n0 * g.positions, row1 = row0 + rows;
+    par_for(0, panels, std::max<int64_t>(1, 32768 / (rows * tile.mr)), [&](int64_t first, int64_t last) {
       for (int64_t q = first; q < last; ++q)
         pack<T, In>(g_packed.get() + q * tile.mr * rows, g, row0, row1, q * tile.mr, tile.mr, pack_power);
     });
-    const int64_t flops_per_task = rows * tile.nr * ceil_div(g_panels, groups) * tile.mr;
-    par_for(0, a_panels * groups, std::max<int64_t>(1, 1000000 / flops_per_task), [&](int64_t first, int64_t last) {
-      std::unique_ptr<T[]> a_packed(new T[rows * tile.nr]);
-      std::unique_ptr<T[]> edge(new T[tile.mr * tile.nr]);
-      int64_t packed = -1;
-      for (int64_t task = first; task < last; ++task) {
-        const int64_t panel = task / groups, i0 = panel * tile.nr;
-        if (panel != packed) pack<T, In>(a_packed.get(), a, row0, row1, i0, tile.nr, pack_power);
-        packed = panel;
-        const int64_t columns = std::min<int64_t>(tile.nr, a.features - i0);
-        for (int64_t q = g_panels * (task % groups) / groups; q < g_panels * (task % groups + 1) / groups; ++q) {
-          const int64_t o0 = q * tile.mr, lines = std::min<int64_t>(tile.mr, g.features - o0);
-          const T* g_panel = g_packed.get() + q * tile.mr * rows;
-          T* corner = out + o0 * a.features + i0;
-          if (lines == tile.mr && columns == tile.nr) {
-            tile.run(g_panel, a_packed.get(), corner, a.features, tile_samples, tile_positions, reduce);
-            continue;
-          }
-          std::fill_n(edge.get(), tile.mr * tile.nr, T(0));
-          tile.run(g_panel, a_packed.get(), edge.get(), tile.nr, tile_samples, tile_positions, reduce);
-          for (int64_t o = 0; o < lines; ++o)
-            for (int64_t i = 0; i < columns; ++i) corner[o * a.features + i] += edge[o * tile.nr + i];
-        }
-      }
+    const Block<T> block = {tile,
+                            1,
+                            g.features,
+                            a.features,
+                            rows,
+                            factorises ? 1 : samples,
+                            factorises ? rows : g.positions,
+                            factorises   ? Reduce::plain
+                            : power == 2 ? Reduce::square
+                                         : Reduce::absolute,
+                            g_packed.get()};
+    multiply(out, block, [&](T* panel, int64_t, int64_t feature) {
+      pack<T, In>(panel, a, row0, row1, feature, tile.nr, pack_power);
     });
   }
 }
 
 Operand operand(const Tensor& t) {
   const bool tokens = t.dim() == 3;
-  return {t.const_data_ptr(),       t.size(0),   tokens ? t.size(1) : 1, t.size(-1), t.stride(0),
-          tokens ? t.stride(1) : 0, t.stride(-1)};
+  return {t.const_data_ptr(), t.size(0), tokens ? t.size(1) : 1, t.size(-1), t.stride(0), tokens ? t.stride(1) : 0,
+          t.stride(-1)};
 }
 
 void accumulate_outer_(Tensor out, Tensor grad, Tensor activation, int64_t power) {
@@ -148,7 +91,6 @@ void accumulate_outer_(Tensor out, Tensor grad, Tensor activation, int64_t power
   FASTCL_CHECK(out.dim() == 2 && out.size(0) == grad.size(-1) && out.size(1) == activation.size(-1), kOp,
                ": out must be [O, I] with the last sizes of grad and activation, [", grad.size(-1), ", ",
                activation.size(-1), "]");
-  check_distinct({out}, {}, kOp, "out", {});
   const Tensors inputs = {grad, activation};
   check_distinct({out}, {&inputs}, kOp, "out", {"grad, activation"});
   if (grad.numel() == 0 || activation.numel() == 0) return;

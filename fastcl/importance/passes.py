@@ -157,7 +157,7 @@ class ImportancePass:
         owners = Counter(name for layer in layers for name in layer.names.values())
         covered: set[str] = set()
         for layer in layers:
-            fits = self._samples_first(layer, n) and all(layer.rule.fits(layer.module, c) for c in layer.calls)
+            fits = self._samples_first(layer, n) and layer.rule.fits(layer.module, layer.calls)
             alone = all(owners[name] == 1 for name in layer.names.values())
             matches = all(uses[id(self.params[name])] == len(layer.calls) for name in layer.names.values())
             if fits and alone and matches:

@@ -1,11 +1,19 @@
 """The kernels, one package per hot path. Every function here is also an op, ``torch.ops.fastcl.<name>``."""
 
 from .annealed_mask import annealed_mask
-from .importance import accumulate_outer_, quadratic_penalty, quadratic_penalty_grad_
+from .importance import (
+    accumulate_affine_,
+    accumulate_conv_,
+    accumulate_outer_,
+    quadratic_penalty,
+    quadratic_penalty_grad_,
+)
 from .masked_grad import masked_grad_
 from .proximal import soft_threshold_
 
 __all__ = [
+    "accumulate_affine_",
+    "accumulate_conv_",
     "accumulate_outer_",
     "annealed_mask",
     "masked_grad_",

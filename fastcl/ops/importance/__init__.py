@@ -24,6 +24,15 @@ _accumulate_outer_ = define(
     "accumulate_outer_(Tensor(a!) out, Tensor grad, Tensor activation, int power) -> ()",
     reference.accumulate_outer_,
 )
+_accumulate_conv_ = define(
+    "accumulate_conv_(Tensor(a!) out, Tensor grad, Tensor input, int[] stride, int[] padding, int[] dilation, "
+    "int groups, int power) -> ()",
+    reference.accumulate_conv_,
+)
+_accumulate_affine_ = define(
+    "accumulate_affine_(Tensor(a!)[] weights, Tensor(b!)[] biases, Tensor grad, Tensor[] normalised, int power) -> ()",
+    reference.accumulate_affine_,
+)
 
 
 def quadratic_penalty(
@@ -121,6 +130,80 @@ def accumulate_outer_(out: Tensor, grad: Tensor, activation: Tensor, power: int)
         tensor([[13., 1.]])
     """
     call_in_place(_accumulate_outer_, out, grad, activation, power)
+
+
+def accumulate_conv_(
+    out: Tensor,
+    grad: Tensor,
+    input: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    power: int,
+) -> None:
+    r"""Adds every sample's convolution weight gradient, to a power, in place.
+
+    :math:`\Omega_w \mathrel{+}= \sum_n |\partial \ell_n / \partial w|^{power}`, exactly, with no im2col matrix and no
+    per-sample gradient in memory. 1-d, 2-d and 3-d; for a transposed convolution pass its input as `grad` and its
+    output's gradient as `input` (its weight gradient is that convolution's).
+
+    Args:
+        out: [O, C / groups, kernel...], the weight's shape, float32 or float64; mutated.
+        grad: gradients at the convolution's output, [N, O, positions...]; any strides.
+        input: its input, [N, C, sizes...]; any strides (channels_last is the fastest), the dtype of grad.
+        stride, padding, dilation: one number a spatial dimension; zeros are padded.
+        groups: as in torch.
+        power: 2 (Fisher) or 1 (MAS).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, another power, out overlapping itself or an input.
+
+    Cost: the FLOPs of the ordinary weight gradient, 2 N P O C k / groups; temporary memory: a block of samples with
+    channels last, packed panels, and one copy of the weight.
+
+    Example:
+        >>> out, g, x = torch.zeros(1, 1, 1), torch.tensor([[[2.0, 1.0]]]), torch.tensor([[[1.0, 3.0]]])
+        >>> fastcl.ops.accumulate_conv_(out, g, x, [1], [0], [1], groups=1, power=2); out
+        tensor([[[25.]]])
+    """
+    call_in_place(_accumulate_conv_, out, grad, input, stride, padding, dilation, groups, power)
+
+
+def accumulate_affine_(
+    weight: Tensor | None,
+    bias: Tensor | None,
+    grad: Tensor,
+    normalised: tuple[Tensor, Tensor, Tensor] | None,
+    power: int,
+) -> None:
+    r"""Adds every sample's gradients of an element-wise weight and bias, to a power, in place.
+
+    :math:`\Omega_c \mathrel{+}= \sum_n |\sum_p g_{npc}\,\hat a_{npc}|^{power}` with
+    :math:`\hat a = (x - shift) \cdot scale` for the weight and 1 for the bias: BatchNorm in eval mode, LayerNorm,
+    GroupNorm, RMSNorm, and any layer's bias.
+
+    Args:
+        weight, bias: [C], float32 or float64; mutated. None leaves it out.
+        grad: gradients at the layer's output as [N, P, C], any strides (a permuted view of [N, C, H, W] will do).
+        normalised: (x, shift, scale), each [N, P, C] of grad's dtype; shift and scale may be expanded. None for a
+            bias alone.
+        power: 2 (Fisher) or 1 (MAS).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, another power, outputs that overlap anything.
+
+    Cost: one read of grad and x.
+
+    Example:
+        >>> bias = torch.zeros(2)
+        >>> fastcl.ops.accumulate_affine_(None, bias, torch.tensor([[[1.0, 2.0]], [[3.0, 0.0]]]), None, power=2); bias
+        tensor([10.,  4.])
+    """
+    weights, biases = [] if weight is None else [weight], [] if bias is None else [bias]
+    call_in_place(
+        _accumulate_affine_, weights, biases, grad, [] if normalised is None else normalised, power, also=biases
+    )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

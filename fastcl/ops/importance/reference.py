@@ -60,12 +60,7 @@ def quadratic_penalty_grad_(
 
 def accumulate_outer_(out: Tensor, grad: Tensor, activation: Tensor, power: int) -> None:
     op = "accumulate_outer_"
-    if power not in (1, 2):
-        raise ValueError(f"{op}: power is {power} but must be 1 or 2")
-    _check.output(op, "out", out)
-    if out.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{op}: out must be float32 or float64, the types that sums are kept in")
-    _check.floating(op, "grad", grad)
+    _check_accumulator(op, "out", out, grad, power)
     if activation.dtype != grad.dtype:
         raise ValueError(f"{op}: activation must have the dtype of grad")
     if grad.dim() not in (2, 3):
@@ -85,6 +80,94 @@ def accumulate_outer_(out: Tensor, grad: Tensor, activation: Tensor, power: int)
         per_sample = g.transpose(1, 2) @ a  # [N, O, I]: what the kernel never holds
         per_power = (per_sample.square() if power == 2 else per_sample.abs()).sum(0)
     out.add_(per_power)
+
+
+def accumulate_conv_(
+    out: Tensor,
+    grad: Tensor,
+    input: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    power: int,
+) -> None:
+    op, spatial = "accumulate_conv_", out.dim() - 2
+    _check_accumulator(op, "out", out, grad, power)
+    if input.dtype != grad.dtype:
+        raise ValueError(f"{op}: input must have the dtype of grad")
+    if spatial not in (1, 2, 3):
+        raise ValueError(f"{op}: out must be [O, C / groups, kernel...] with 1 to 3 kernel sizes")
+    if grad.dim() != out.dim() or input.dim() != out.dim() or grad.shape[0] != input.shape[0]:
+        raise ValueError(
+            f"{op}: grad and input must be [N, channels, spatial...] of the same N, with as many spatial sizes as out"
+        )
+    channels = out.shape[1] * groups
+    if groups < 1 or grad.shape[1] != out.shape[0] or input.shape[1] != channels or out.shape[0] % groups:
+        raise ValueError(f"{op}: out must be [channels of grad, channels of input / groups, kernel...]")
+    if not len(stride) == len(padding) == len(dilation) == spatial:
+        raise ValueError(f"{op}: stride, padding and dilation must each have {spatial} numbers")
+    if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
+        raise ValueError(f"{op}: stride and dilation must be at least 1, padding not negative")
+    for d in range(spatial):
+        reach = (grad.shape[d + 2] - 1) * stride[d] + (out.shape[d + 2] - 1) * dilation[d]
+        if grad.shape[d + 2] and reach >= input.shape[d + 2] + 2 * padding[d]:
+            raise ValueError(f"{op}: grad has more positions than this stride, padding and dilation give for input")
+    _check.distinct(op, "out", [out], **{"grad, input": [grad, input]})
+    if 0 in (grad.numel(), input.numel(), out.numel()):
+        return
+    weight_grad = (torch.nn.grad.conv1d_weight, torch.nn.grad.conv2d_weight, torch.nn.grad.conv3d_weight)[spatial - 1]
+    g, x = grad.to(out.dtype), input.to(out.dtype)
+    # sizes that the stride leaves over at the end reach no output: cut them off, which torch.nn.grad wants
+    for d in range(spatial):
+        used = (g.shape[d + 2] - 1) * stride[d] + (out.shape[d + 2] - 1) * dilation[d] + 1 - 2 * padding[d]
+        if used > 0:
+            x = x.narrow(d + 2, 0, min(x.shape[d + 2], used))
+    for n in range(len(g)):
+        dw = weight_grad(x[n : n + 1], out.shape, g[n : n + 1], stride, padding, dilation, groups)
+        out.add_(dw.square() if power == 2 else dw.abs())
+
+
+def accumulate_affine_(
+    weights: list[Tensor], biases: list[Tensor], grad: Tensor, normalised: list[Tensor], power: int
+) -> None:
+    op = "accumulate_affine_"
+    if len(weights) > 1 or len(biases) > 1:
+        raise ValueError(f"{op}: weights and biases must each have at most one tensor")
+    if len(normalised) != 3 and not (not normalised and not weights):
+        raise ValueError(f"{op}: normalised must be [x, shift, scale] (or empty, for a bias alone)")
+    if grad.dim() != 3:
+        raise ValueError(f"{op}: grad must be a {grad.device.type.upper()} tensor [N, P, C]")
+    if power not in (1, 2):
+        raise ValueError(f"{op}: power is {power} but must be 1 or 2")
+    _check.floating(op, "grad", grad)
+    for name, outs in (("weights[0]", weights), ("biases[0]", biases)):
+        for out in outs:
+            _check_accumulator(op, name, out, grad, power)
+            if out.shape != (grad.shape[2],) or not out.is_contiguous():
+                raise ValueError(f"{op}: {name} must be contiguous [C] with the features of grad, {grad.shape[2]}")
+    if weights and biases and weights[0].dtype != biases[0].dtype:
+        raise ValueError(f"{op}: biases[0] must have the dtype of weights[0]")
+    for i, t in enumerate(normalised):
+        _check.like(op, f"normalised[{i}]", t, "grad", grad, dtype=True)
+    _check.distinct(op, "outputs", [*weights, *biases], inputs=[*normalised, grad])
+    for out, factor in ((weights, True), (biases, False)):
+        for total in out:
+            g = grad.to(total.dtype)
+            if factor:
+                x, shift, scale = (t.to(total.dtype) for t in normalised)
+                g = g * ((x - shift) * scale)
+            per_sample = g.sum(1)
+            total.add_((per_sample.square() if power == 2 else per_sample.abs()).sum(0))
+
+
+def _check_accumulator(op: str, name: str, out: Tensor, grad: Tensor, power: int) -> None:
+    if power not in (1, 2):
+        raise ValueError(f"{op}: power is {power} but must be 1 or 2")
+    _check.output(op, name, out)
+    if out.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{op}: {name} must be float32 or float64, the types that sums are kept in")
+    _check.floating(op, "grad", grad)
 
 
 def _wide(t: Tensor) -> torch.dtype:

@@ -1,0 +1,164 @@
+// accumulate_affine_: the per-sample gradients of a normalisation's weight and bias (or of any bias), to a power, summed.
+#include <memory>
+
+#include "../common/cpu.h"
+#include "math.h"
+
+namespace fastcl {
+namespace {
+
+constexpr const char* kOp = "accumulate_affine_";
+constexpr int64_t kFeatures = 64;  // features a body holds in registers and L1 while it walks the positions
+
+// [samples, positions, features] by strides; shift and scale may have stride 0 along any of them.
+struct Layout {
+  int64_t g[3], x[3], shift[3], scale[3];
+  int64_t positions;
+};
+
+// One sample, `count` <= kFeatures features: weight[c] = sum_p g (x - shift) scale, bias[c] = sum_p g.
+template <class T, class In, bool normalised>
+struct Reduce1 {
+  static FASTCL_HD void run(T* weight, T* bias, const In* g, const In* x, const In* shift, const In* scale,
+                            const Layout* at, int64_t count) {
+    if (at->g[2] == 1) {
+      for (int64_t c = 0; c < count; ++c) weight[c] = bias[c] = T(0);
+      for (int64_t p = 0; p < at->positions; ++p)
+        for (int64_t c = 0; c < count; ++c) {
+          const T gi = static_cast<T>(load(g + p * at->g[1] + c));
+          bias[c] += gi;
+          if (normalised)
+            weight[c] += gi * hat(x + p * at->x[1] + c * at->x[2], shift + p * at->shift[1] + c * at->shift[2],
+                                  scale + p * at->scale[1] + c * at->scale[2]);
+        }
+      return;
+    }
+    for (int64_t c = 0; c < count; ++c) {
+      constexpr int kLanes = 16;  // fixed, so that sums do not depend on the vector width
+      T w_lane[kLanes] = {}, b_lane[kLanes] = {};
+      const In *gc = g + c * at->g[2], *xc = x + c * at->x[2];
+      const In *shift_c = shift + c * at->shift[2], *scale_c = scale + c * at->scale[2];
+      const bool plain = at->g[1] == 1 && (!normalised || (at->x[1] == 1 && at->shift[1] == 0 && at->scale[1] == 0));
+      int64_t p = 0;
+      if (plain)
+        for (; p + kLanes <= at->positions; p += kLanes)
+          for (int l = 0; l < kLanes; ++l) {
+            const T gi = static_cast<T>(load(gc + p + l));
+            b_lane[l] += gi;
+            if (normalised) w_lane[l] += gi * hat(xc + p + l, shift_c, scale_c);
+          }
+      for (; p < at->positions; ++p) {
+        const T gi = static_cast<T>(load(gc + p * at->g[1]));
+        b_lane[p % kLanes] += gi;
+        if (normalised)
+          w_lane[p % kLanes] += gi * hat(xc + p * at->x[1], shift_c + p * at->shift[1], scale_c + p * at->scale[1]);
+      }
+      T w = 0, b = 0;
+      for (int l = 0; l < kLanes; ++l) {
+        w += w_lane[l];
+        b += b_lane[l];
+      }
+      weight[c] = w;
+      bias[c] = b;
+    }
+  }
+
+  static FASTCL_HD T hat(const In* x, const In* shift, const In* scale) {
+    return (static_cast<T>(load(x)) - static_cast<T>(load(shift))) * static_cast<T>(load(scale));
+  }
+};
+
+template <class T, class In, bool normalised>
+void accumulate(T* weight_out, T* bias_out, const Tensor& grad, const Tensors& norm, const Layout& at, int power) {
+  const In* g = static_cast<const In*>(grad.const_data_ptr());
+  const In* x = normalised ? static_cast<const In*>(norm[0].const_data_ptr()) : g;
+  const In* shift = normalised ? static_cast<const In*>(norm[1].const_data_ptr()) : g;
+  const In* scale = normalised ? static_cast<const In*>(norm[2].const_data_ptr()) : g;
+  const int64_t samples = grad.size(0), features = grad.size(2);
+  const int64_t blocks = (features + kFeatures - 1) / kFeatures;
+  // Threads share features, never samples: each sum has one owner and one order.
+  const int64_t width = std::max<int64_t>(1, blocks >= 8 ? kFeatures : (features + 7) / 8);
+  const int64_t tasks = (features + width - 1) / width;
+  par_for(0, tasks, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, width * samples * at.positions)),
+          [&](int64_t first, int64_t last) {
+            T weight[kFeatures], bias[kFeatures];
+            for (int64_t task = first; task < last; ++task) {
+              const int64_t c0 = task * width, count = std::min(width, features - c0);
+              for (int64_t n = 0; n < samples; ++n) {
+                simd<Reduce1<T, In, normalised>>(weight, bias, g + n * at.g[0] + c0 * at.g[2],
+                                                 x + n * at.x[0] + c0 * at.x[2],
+                                                 shift + n * at.shift[0] + c0 * at.shift[2],
+                                                 scale + n * at.scale[0] + c0 * at.scale[2], &at, count);
+                for (int64_t c = 0; c < count; ++c) {
+                  const T w = weight[c], b = bias[c];
+                  if (weight_out) weight_out[c0 + c] += power == 2 ? importance_of<2>(w) : importance_of<1>(w);
+                  if (bias_out) bias_out[c0 + c] += power == 2 ? importance_of<2>(b) : importance_of<1>(b);
+                }
+              }
+            }
+          });
+}
+
+// weights and biases: lists of none or one [C]; grad [N, P, C]; normalised: none, or x, shift, scale like grad.
+void accumulate_affine_(Tensors weights, Tensors biases, Tensor grad, Tensors normalised, int64_t power) {
+  FASTCL_CHECK(power == 1 || power == 2, kOp, ": power is ", power, " but must be 1 or 2");
+  FASTCL_CHECK(weights.size() <= 1 && biases.size() <= 1, kOp, ": weights and biases must each have at most one tensor");
+  FASTCL_CHECK(normalised.size() == 3 || (normalised.empty() && weights.empty()), kOp,
+               ": normalised must be [x, shift, scale] (or empty, for a bias alone)");
+  FASTCL_CHECK(grad.is_cpu() && grad.dim() == 3, kOp, ": grad must be a CPU tensor [N, P, C]");
+  dispatch_float(grad.scalar_type(), kOp, "grad", [](auto) {});
+  ScalarType sum_type = ScalarType::Float;
+  for (const Tensors* list : {&weights, &biases})
+    for (const Tensor& out : *list) {
+      const char* name = list == &weights ? "weights[0]" : "biases[0]";
+      check_output(out, kOp, name);
+      sum_type = out.scalar_type();
+      FASTCL_CHECK(sum_type == ScalarType::Float || sum_type == ScalarType::Double, kOp, ": ", name,
+                   " must be float32 or float64, the types that sums are kept in");
+      FASTCL_CHECK(out.dim() == 1 && out.size(0) == grad.size(2) && out.is_contiguous(), kOp, ": ", name,
+                   " must be contiguous [C] with the features of grad, ", grad.size(2));
+    }
+  if (!weights.empty() && !biases.empty()) check_same_dtype(biases[0], weights[0], kOp, "biases[0]", "weights[0]");
+  for (size_t i = 0; i < normalised.size(); ++i) {
+    check_like(normalised[i], grad, kOp, item("normalised", i), "grad");
+    check_same_dtype(normalised[i], grad, kOp, item("normalised", i), "grad");
+  }
+  Tensors outputs = weights;
+  outputs.insert(outputs.end(), biases.begin(), biases.end());
+  Tensors inputs = normalised;
+  inputs.push_back(grad);
+  check_distinct(outputs, {&inputs}, kOp, "outputs", {"inputs"});
+  if (grad.numel() == 0) return;
+
+  Layout at = {};
+  at.positions = grad.size(1);
+  for (int d = 0; d < 3; ++d) {
+    at.g[d] = grad.stride(d);
+    if (normalised.empty()) continue;
+    at.x[d] = normalised[0].stride(d);
+    at.shift[d] = normalised[1].stride(d);
+    at.scale[d] = normalised[2].stride(d);
+  }
+  dispatch_float(grad.scalar_type(), kOp, "grad", [&](auto type) {
+    using In = decltype(type);
+    const auto run = [&](auto sum) {
+      using T = decltype(sum);
+      T* w = weights.empty() ? nullptr : static_cast<T*>(weights[0].mutable_data_ptr());
+      T* b = biases.empty() ? nullptr : static_cast<T*>(biases[0].mutable_data_ptr());
+      if (normalised.empty())
+        accumulate<T, In, false>(w, b, grad, normalised, at, static_cast<int>(power));
+      else
+        accumulate<T, In, true>(w, b, grad, normalised, at, static_cast<int>(power));
+    };
+    if (sum_type == ScalarType::Double)
+      run(double{});
+    else
+      run(float{});
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(FASTCL_NS, CPU, m) { m.impl("accumulate_affine_", TORCH_BOX(&accumulate_affine_)); }
+
+}  // namespace fastcl

@@ -1,0 +1,118 @@
+// Packed panels and the task loop around the register tile: what the dense and the convolutional form share.
+#pragma once
+#include <memory>
+
+#include "../common/cpu.h"
+#include "tile.h"
+
+namespace fastcl {
+
+template <class T>
+struct TileChoice {
+  int mr, nr;
+  TileFunction<T> run;
+};
+template <class T>
+TileChoice<T> choose_tile();  // for this CPU; float and double
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// One operand, [samples, positions, features] by strides in elements.
+struct Operand {
+  const void* data;
+  int64_t samples, positions, features;
+  int64_t sample_stride, position_stride, feature_stride;
+};
+
+// Panel: rows x width values, zero beyond `features`; |.|^power applied here when the product factorises (0: not).
+template <class T, class In, int power>
+struct PackPanel {
+  static FASTCL_HD T raised(T value) { return power == 0 ? value : importance_of<power>(value); }
+
+  static FASTCL_HD void run(T* panel, const Operand* from, int64_t row_begin, int64_t row_end, int64_t feature,
+                            int64_t width) {
+    const int64_t used = from->features - feature < width ? from->features - feature : width;
+    const In* base = static_cast<const In*>(from->data) + feature * from->feature_stride;
+    const int64_t fs = from->feature_stride, ps = from->position_stride;
+    int64_t n = row_begin / from->positions, p = row_begin % from->positions;
+    for (int64_t row = row_begin; row < row_end;) {
+      const int64_t run = row_end - row < from->positions - p ? row_end - row : from->positions - p;
+      const In* x = base + n * from->sample_stride + p * ps;
+      if (fs == 1) {
+        for (int64_t r = 0; r < run; ++r) copy_features(panel + r * width, x + r * ps, 1, used, width);
+      } else if (ps == 1) {  // positions are neighbours in memory: read along them
+        for (int64_t k = 0; k < used; ++k)
+          for (int64_t r = 0; r < run; ++r) panel[r * width + k] = raised(static_cast<T>(load(x + k * fs + r)));
+        for (int64_t k = used; k < width; ++k)
+          for (int64_t r = 0; r < run; ++r) panel[r * width + k] = T(0);
+      } else {
+        for (int64_t r = 0; r < run; ++r) copy_features(panel + r * width, x + r * ps, fs, used, width);
+      }
+      panel += run * width;
+      row += run;
+      p = 0;
+      ++n;
+    }
+  }
+
+  static FASTCL_HD void copy_features(T* to, const In* x, int64_t stride, int64_t used, int64_t width) {
+    for (int64_t k = 0; k < used; ++k) to[k] = raised(static_cast<T>(load(x + k * stride)));
+    for (int64_t k = used; k < width; ++k) to[k] = T(0);
+  }
+};
+
+template <class T, class In>
+void pack(T* panel, const Operand& from, int64_t row_begin, int64_t row_end, int64_t feature, int64_t width,
+          int power) {
+  if (power == 2) return simd<PackPanel<T, In, 2>>(panel, &from, row_begin, row_end, feature, width);
+  if (power == 1) return simd<PackPanel<T, In, 1>>(panel, &from, row_begin, row_end, feature, width);
+  simd<PackPanel<T, In, 0>>(panel, &from, row_begin, row_end, feature, width);
+}
+
+// A block of rows (samples x positions), its gradient panels packed; `groups` independent products of the same shape.
+template <class T>
+struct Block {
+  TileChoice<T> tile;
+  int64_t groups, outputs, inputs;  // of one group
+  int64_t rows, samples, positions;
+  Reduce reduce;
+  const T* g_packed;  // [groups][panels][rows][mr]
+
+  int64_t g_panels() const { return ceil_div(outputs, tile.mr); }
+};
+
+// out[group][o][i] += the block's share; pack_a(panel, group, first feature) packs rows x nr activations.
+template <class T, class PackA>
+void multiply(T* out, const Block<T>& block, const PackA& pack_a) {
+  const TileChoice<T>& tile = block.tile;
+  const int64_t g_panels = block.g_panels(), a_panels = ceil_div(block.inputs, tile.nr);
+  // Enough tasks for the threads even when the weight is narrow; each task packs its activation panel itself.
+  const int64_t splits = std::min(g_panels, ceil_div(8, a_panels * block.groups));
+  const int64_t work = block.rows * tile.nr * ceil_div(g_panels, splits) * tile.mr;
+  par_for(0, block.groups * a_panels * splits, std::max<int64_t>(1, 500000 / work), [&](int64_t first, int64_t last) {
+    std::unique_ptr<T[]> a_packed(new T[block.rows * tile.nr]);
+    std::unique_ptr<T[]> edge(new T[tile.mr * tile.nr]);
+    int64_t packed = -1;
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t split = task % splits, panel = task / splits, group = panel / a_panels;
+      const int64_t i0 = panel % a_panels * tile.nr, columns = std::min<int64_t>(tile.nr, block.inputs - i0);
+      if (panel != packed) pack_a(a_packed.get(), group, i0);
+      packed = panel;
+      for (int64_t q = g_panels * split / splits; q < g_panels * (split + 1) / splits; ++q) {
+        const int64_t o0 = q * tile.mr, lines = std::min<int64_t>(tile.mr, block.outputs - o0);
+        const T* g_panel = block.g_packed + (group * g_panels + q) * tile.mr * block.rows;
+        T* corner = out + (group * block.outputs + o0) * block.inputs + i0;
+        if (lines == tile.mr && columns == tile.nr) {
+          tile.run(g_panel, a_packed.get(), corner, block.inputs, block.samples, block.positions, block.reduce);
+          continue;
+        }
+        std::fill_n(edge.get(), tile.mr * tile.nr, T(0));
+        tile.run(g_panel, a_packed.get(), edge.get(), tile.nr, block.samples, block.positions, block.reduce);
+        for (int64_t o = 0; o < lines; ++o)
+          for (int64_t i = 0; i < columns; ++i) corner[o * block.inputs + i] += edge[o * tile.nr + i];
+      }
+    }
+  });
+}
+
+}  // namespace fastcl
