@@ -1,0 +1,159 @@
+"""The protocol of a learner, and the loop body that most methods share.
+
+In anybody's loop: ``begin_task(task)``, ``loss = observe(x, y)`` for every batch, ``end_task(batches)``, and at any
+time ``predict(x, task=None)``. ``state_dict()`` holds everything needed to continue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..nn import mlp
+
+if TYPE_CHECKING:
+    from ..streams import Stream, Task
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+class Method:
+    """A learner; subclasses override :meth:`loss`, :meth:`regularise`, :meth:`end_task` and `extra_state`.
+
+    Args:
+        model: maps x to one output unit for every class of the stream.
+        setting: ``task``, ``domain`` or ``class``: which outputs compete in training and in :meth:`predict`.
+        lr: of the default optimizer, Adam.
+        optimizer: makes another one from the parameters; it lives through all tasks.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    seed: ClassVar[str]  # the document that names it
+    settings: ClassVar[tuple[str, ...]] = ("task", "domain", "class")
+
+    def __init__(
+        self, model: nn.Module, *, setting: str = "class", lr: float = 1e-3, optimizer: MakeOptimizer | None = None
+    ) -> None:
+        if setting not in self.settings:
+            raise ValueError(f"setting is {setting!r} but {self.name} works in {', '.join(self.settings)}")
+        if not lr > 0:
+            raise ValueError(f"lr is {lr} but must be positive")
+        self.model, self.setting = model, setting
+        self.optimizer = (
+            torch.optim.Adam(model.parameters(), lr) if optimizer is None else optimizer(model.parameters())
+        )
+        self.tasks: list[tuple[int, ...]] = []  # output units of every task begun
+
+    @classmethod
+    def build(cls, stream: Stream, *, hidden: tuple[int, ...] = (400, 400), seed: int = 0, **options: Any) -> Method:
+        """The method with the network that suits the stream; `seed` sets its initial weights."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = mlp(stream.input_shape, hidden, stream.n_outputs)
+        return cls(model, setting=stream.setting, **options)
+
+    @property
+    def classes(self) -> list[int]:
+        """The output units that compete now: this task's, or all seen so far."""
+        if not self.tasks:
+            raise RuntimeError("begin_task must come first")
+        return list(self.tasks[-1]) if self.setting == "task" else sorted({c for task in self.tasks for c in task})
+
+    def begin_task(self, task: Task) -> None:
+        self.tasks.append(tuple(task.classes))
+        self.model.train()
+
+    def training_data(self, task: Task) -> tuple[Tensor, Tensor]:
+        """What the loop should iterate over; only joint training asks for more than the task's own data."""
+        return task.train()
+
+    def observe(self, x: Tensor, y: Tensor) -> float:
+        """One step on a batch; returns its loss with the regulariser's value.
+
+        Raises:
+            RuntimeError: before the first `begin_task`.
+            ValueError: an empty batch, or a label that is not one of the current classes; nothing has been learned.
+        """
+        self.check_labels(y)
+        self.optimizer.zero_grad()
+        loss = self.loss(x, y)
+        loss.backward()
+        value = loss.detach() + self.regularise()
+        self.optimizer.step()
+        return value.item()
+
+    def resume_tasks(self, tasks: Sequence[Task]) -> None:
+        """Called after `load_state_dict` with the stream's tasks, for methods whose data is not in the state."""
+
+    def check_labels(self, y: Tensor) -> None:
+        known = torch.tensor(self.classes, device=y.device)
+        if y.numel() == 0:
+            raise ValueError("y is empty: a batch must have at least one sample")
+        unknown = y[~torch.isin(y, known)]
+        if len(unknown):
+            raise ValueError(f"y has the unknown label {unknown[0].item()} but must be one of {known.tolist()}")
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """Cross-entropy over the competing outputs."""
+        known = torch.tensor(self.classes, device=y.device)
+        return F.cross_entropy(self.model(x)[:, known], torch.searchsorted(known, y))
+
+    def regularise(self) -> Tensor | float:
+        """Adds to the gradients between backward and step; returns the value added to the loss."""
+        return 0.0
+
+    def end_task(self, batches: Batches) -> None:
+        """Ends the task that began last; `batches` iterate over its training data."""
+
+    @torch.no_grad()
+    def predict(self, x: Tensor, task: Task | int | None = None) -> Tensor:
+        """Output units [N]. With `task` (or its index) among its classes only; else among all seen so far.
+
+        Raises:
+            ValueError: a task that has not begun.
+        """
+        if task is None:
+            known = sorted({c for begun in self.tasks for c in begun})
+        else:
+            index = task if isinstance(task, int) else task.index
+            if isinstance(task, int) and not 0 <= index < len(self.tasks):
+                raise ValueError(f"task is {index} but only {len(self.tasks)} tasks have begun")
+            known = list(self.tasks[index]) if index < len(self.tasks) else list(task.classes)
+        columns = torch.tensor(known, device=x.device)
+        training = self.model.training
+        self.model.eval()
+        try:
+            return columns[self.model(x)[:, columns].argmax(1)]
+        finally:
+            self.model.train(training)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nested dicts and lists of tensors, numbers and strings; no other types."""
+        return {
+            "method": self.name,
+            "model": dict(self.model.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "tasks": [list(task) for task in self.tasks],
+            "extra": self.extra_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError if `state` is another method's."""
+        if state["method"] != self.name:
+            raise ValueError(f"state is of the method {state['method']!r} but this is {self.name!r}")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.tasks = [tuple(task) for task in state["tasks"]]
+        self.load_extra_state(state["extra"])
+
+    def extra_state(self) -> dict[str, Any]:
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        pass
