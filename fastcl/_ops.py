@@ -113,6 +113,8 @@ def call_in_place(
     """
     if torch.compiler.is_compiling():
         return op(mutated, *args)
+    if not isinstance(mutated, (Tensor, list, tuple)):
+        raise TypeError(f"{op._opname}: expected tensors, got {type(mutated).__name__}")
     try:
         tensors = (mutated,) if isinstance(mutated, Tensor) else (*mutated, *also)
         if torch.is_grad_enabled():
@@ -122,7 +124,7 @@ def call_in_place(
     except RuntimeError as error:
         raise _explain(op, error) from None
     except AttributeError:
-        raise TypeError(f"{op._opname}: expected tensors, got {type(mutated).__name__}") from None
+        raise TypeError(f"{op._opname}: expected tensors, got {[type(t).__name__ for t in tensors]}") from None
     _increment_version(tensors)
     return result
 

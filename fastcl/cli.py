@@ -130,8 +130,8 @@ def demo(
             options = stream.options if method == "ewc" else {}
             results.append(_train(_prepare(replace(stream, method=method, options=options))))
     table = Table(title="Continual learning, mean over tasks at the end", header_style="bold")
-    for column in ("stream", "method", "average accuracy", "forgetting", "seconds"):
-        table.add_column(column, justify="left" if column in ("stream", "method") else "right")
+    for column in ("stream", "method", "accuracy", "forgetting", "seconds"):
+        table.add_column(column, justify="left" if column in ("stream", "method") else "right", no_wrap=True)
     for i, r in enumerate(results):
         table.add_row(
             f"{r['scenario']} {r['data']}, {r['setting']} setting" if i % 3 == 0 else "", r["method"],

@@ -45,30 +45,37 @@ def comparison_picture(results: Sequence[dict[str, Any]], path: str | Path) -> N
         figure, axes = plt.subplots(
             1, len(groups), figsize=(4.1 * len(groups), 4.3), sharey=True, squeeze=False, layout="constrained"
         )
+        lowest = min(
+            100 * np.array(r["accuracy"])[t, : t + 1].mean() for r in results for t in range(len(r["accuracy"]))
+        )
+        bottom = max(0, 10 * (lowest // 10) - 5)
         for axis, ((data, scenario, setting), members) in zip(axes[0], groups.items(), strict=True):
+            ends = []
             for colour, result in zip(COLOURS, members, strict=False):
                 accuracy = 100 * np.array(result["accuracy"])
                 seen = [accuracy[t, : t + 1].mean() for t in range(len(accuracy))]
-                ticks = range(1, len(seen) + 1)
-                axis.plot(ticks, seen, "o-", color=colour, linewidth=2, markersize=5, label=result["method"])
-                axis.annotate(
-                    f"{seen[-1]:.1f}",
-                    (len(seen), seen[-1]),
-                    (6, 0),
-                    textcoords="offset points",
-                    va="center",
-                    color=colour,
-                    fontsize=9,
-                )
+                axis.plot(range(1, len(seen) + 1), seen, "o-", color=colour, lw=2, ms=5, label=result["method"])
+                ends.append((seen[-1], colour, len(seen)))
+            _label_ends(axis, ends, gap=(103 - bottom) / 22)
             axis.set_title(f"{scenario} {data}, {setting} setting")
             axis.set_xlabel("tasks learned")
-            axis.set_xticks(list(ticks))
+            axis.set_xticks(range(1, len(members[0]["accuracy"]) + 1))
             axis.margins(x=0.16)
             axis.grid(axis="y", color="#e6e6e6")
         axes[0][0].set_ylabel("mean accuracy on tasks so far, %")
-        axes[0][0].set_ylim(0, 103)
+        axes[0][0].set_ylim(bottom, 103)
         figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
         _save(figure, Path(path))
+
+
+def _label_ends(axis: Axes, ends: list[tuple[float, str, int]], gap: float) -> None:
+    """The last values beside their curves, pushed apart where they would print on each other."""
+    at = float("inf")
+    for value, colour, x in sorted(ends, reverse=True):
+        at = min(value, at - gap)
+        axis.annotate(
+            f"{value:.1f}", (x, at), (7, 0), textcoords="offset points", va="center", color=colour, fontsize=9
+        )
 
 
 def _matrix(axis: Axes, accuracy: np.ndarray) -> None:

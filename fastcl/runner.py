@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -140,7 +141,8 @@ class Run:
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to be continued; where the data lies and the device may change."""
-        return {k: v for k, v in asdict(self.config).items() if k not in ("data_root", "device")}
+        kept = {k: v for k, v in asdict(self.config).items() if k not in ("data_root", "device")}
+        return json.loads(json.dumps(kept))  # tuples become the lists that a checkpoint gives back
 
     def _save(self, start: float) -> None:
         if self.folder is None:
@@ -164,7 +166,7 @@ class Run:
         mine, its = self._identity(), state["config"]
         for key, value in mine.items():
             theirs = its.get(key)
-            if (list(value) if isinstance(value, tuple) else value) != theirs:
+            if value != theirs:
                 raise ValueError(f"{key} is {value!r} but the checkpoint in {self.folder} was made with {theirs!r}")
         self.learner.load_state_dict(state["learner"])
         self.learner.resume_tasks(self.stream.tasks)

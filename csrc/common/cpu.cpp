@@ -40,8 +40,6 @@ Isa isa() {
 
 const char* isa_name() { return isa() == Isa::avx512 ? "avx512" : isa() == Isa::avx2 ? "avx2" : "baseline"; }
 
-std::string item(const char* list, size_t i) { return std::string(list) + "[" + std::to_string(i) + "]"; }
-
 bool is_dense(const Tensor& t) {
   if (t.is_contiguous()) return true;
   const int64_t dim = t.dim();
@@ -69,7 +67,7 @@ bool same_layout(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-void check_output(const Tensor& t, const char* op, const std::string& name) {
+void check_output(const Tensor& t, const char* op, Name name) {
   FASTCL_CHECK(t.is_cpu(), op, ": ", name, " must be a CPU tensor");
   if (is_dense(t)) return;
   for (int64_t d = 0; d < t.dim(); ++d)
@@ -77,8 +75,8 @@ void check_output(const Tensor& t, const char* op, const std::string& name) {
                  " overlaps itself (an expanded tensor): write to a contiguous clone instead");
 }
 
-void check_like(const Tensor& t, const Tensor& like, const char* op, const std::string& name,
-                const std::string& like_name) {
+void check_like(const Tensor& t, const Tensor& like, const char* op, Name name,
+                Name like_name) {
   FASTCL_CHECK(t.is_cpu(), op, ": ", name, " must be a CPU tensor like ", like_name);
   bool same = t.dim() == like.dim();
   for (int64_t d = 0; same && d < t.dim(); ++d) same = t.size(d) == like.size(d);
@@ -86,8 +84,8 @@ void check_like(const Tensor& t, const Tensor& like, const char* op, const std::
                shape_of(like));
 }
 
-void check_same_dtype(const Tensor& t, const Tensor& like, const char* op, const std::string& name,
-                      const std::string& like_name) {
+void check_same_dtype(const Tensor& t, const Tensor& like, const char* op, Name name,
+                      Name like_name) {
   FASTCL_CHECK(t.scalar_type() == like.scalar_type(), op, ": ", name, " must have the dtype of ", like_name);
 }
 

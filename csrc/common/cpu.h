@@ -130,9 +130,27 @@ FASTCL_HD void store(BFloat16* x, float value) {  // round to nearest even; NaN 
   x->x = static_cast<uint16_t>(value == value ? rounded : 0x7fc0u);
 }
 
+// An argument's name, put together only if a message needs it: strings for 400 tensors cost more than the work.
+struct Name {
+  Name(const char* text_) : text(text_) {}  // NOLINT: names are written as literals
+  Name(const char* text_, size_t index_) : text(text_), index(static_cast<int64_t>(index_)) {}
+  friend std::ostream& operator<<(std::ostream& to, const Name& name) {
+    to << name.text;
+    return name.index < 0 ? to : to << '[' << name.index << ']';
+  }
+  const char* text;
+  int64_t index = -1;
+};
+inline Name item(const char* list, size_t i) { return {list, i}; }
+
+inline bool is_floating(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
+         dtype == ScalarType::Half;
+}
+
 // Calls f(T{}) for the element type of `dtype`; the argument's name is for the message.
 template <class F>
-auto dispatch_float(ScalarType dtype, const char* op, const std::string& name, F f) {
+auto dispatch_float(ScalarType dtype, const char* op, Name name, F f) {
   switch (dtype) {
     case ScalarType::Float:
       return f(float{});
@@ -149,14 +167,13 @@ auto dispatch_float(ScalarType dtype, const char* op, const std::string& name, F
 
 // ---- lists of tensors as one virtual array ----
 
-std::string item(const char* list, size_t i);
 bool is_dense(const Tensor& t);                      // non-overlapping, no gaps
 bool same_layout(const Tensor& a, const Tensor& b);  // element k in memory is the same index in both
-void check_output(const Tensor& t, const char* op, const std::string& name);  // CPU, strided, no self-overlap
-void check_like(const Tensor& t, const Tensor& like, const char* op, const std::string& name,
-                const std::string& like_name);
-void check_same_dtype(const Tensor& t, const Tensor& like, const char* op, const std::string& name,
-                      const std::string& like_name);
+void check_output(const Tensor& t, const char* op, Name name);  // CPU, strided, no self-overlap
+void check_like(const Tensor& t, const Tensor& like, const char* op, Name name,
+                Name like_name);
+void check_same_dtype(const Tensor& t, const Tensor& like, const char* op, Name name,
+                      Name like_name);
 void check_lengths(size_t n, size_t expected, const char* op, const char* name, const char* like_name);
 // No two mutated tensors, and no mutated and read tensor, may share memory (unless they are the very same view).
 void check_distinct(const Tensors& outputs, const std::vector<const Tensors*>& inputs, const char* op,

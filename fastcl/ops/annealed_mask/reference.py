@@ -20,7 +20,8 @@ def annealed_mask_backward(grad: Tensor, embedding: Tensor, scale: float) -> Ten
     _check.number(op, "scale", scale)
     _check.like(op, "grad", grad, "embedding", embedding, dtype=True)
     _check.floating(op, "embedding", embedding)
-    return (grad.to(_wide(embedding)) * slope(embedding, scale)).to(embedding.dtype)
+    # in the embedding's memory order, as the kernel gives it
+    return torch.empty_like(embedding).copy_(grad.to(_wide(embedding)) * slope(embedding, scale))
 
 
 def slope(embedding: Tensor, scale: float) -> Tensor:

@@ -11,13 +11,13 @@ from ..._ops import call, call_in_place, define, differentiable, not_differentia
 from . import reference
 
 _PROBLEM = "Tensor[] params, Tensor[] anchors, Tensor[] importances, float strength"
-_quadratic_penalty = define(f"quadratic_penalty({_PROBLEM}, bool check=True) -> Tensor", reference.quadratic_penalty)
+_quadratic_penalty = define(f"quadratic_penalty({_PROBLEM}, bool check) -> Tensor", reference.quadratic_penalty)
 _quadratic_penalty_backward = define(
     f"quadratic_penalty_backward(Tensor grad_value, {_PROBLEM}) -> Tensor[]",
     reference.quadratic_penalty_backward,
 )
 _quadratic_penalty_grad_ = define(
-    f"quadratic_penalty_grad_(Tensor(a!)[] grads, {_PROBLEM}, bool check=True) -> Tensor",
+    f"quadratic_penalty_grad_(Tensor(a!)[] grads, {_PROBLEM}, bool check) -> Tensor",
     reference.quadratic_penalty_grad_,
 )
 _accumulate_outer_ = define(
@@ -207,17 +207,17 @@ def accumulate_affine_(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    params, anchors, importances, strength = inputs[:4]
+    params, anchors, importances, strength, _ = inputs
     if any(t.requires_grad for t in (*anchors, *importances)):
         raise ValueError("quadratic_penalty: anchors and importances are constants: they must not require grad")
-    ctx.n, ctx.strength, ctx.constants = len(params), strength, [None] * (len(inputs) - 3)
+    ctx.n, ctx.strength = len(params), strength
     ctx.save_for_backward(*params, *anchors, *importances)
 
 
 def _backward(ctx: Any, grad_value: Tensor) -> tuple[Any, ...]:
     saved, n = ctx.saved_tensors, ctx.n
     grads = _quadratic_penalty_backward(grad_value, saved[:n], saved[n : 2 * n], saved[2 * n :], ctx.strength)
-    return grads, [None] * n, [None] * n, *ctx.constants
+    return grads, [None] * n, [None] * n, None, None
 
 
 differentiable("quadratic_penalty", _backward, _setup)

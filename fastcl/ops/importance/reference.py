@@ -13,7 +13,7 @@ def quadratic_penalty(
     anchors: list[Tensor],
     importances: list[Tensor],
     strength: float,
-    check: bool = True,
+    check: bool,
 ) -> Tensor:
     _check_problem("quadratic_penalty", params, anchors, importances, strength, check)
     total = sum(
@@ -32,7 +32,7 @@ def quadratic_penalty_backward(
 ) -> list[Tensor]:
     _check_problem("quadratic_penalty_backward", params, anchors, importances, strength, False)
     return [
-        (grad_value.to(_wide(p)) * _slope(p, a, f, strength)).to(p.dtype)
+        torch.empty_like(p).copy_(grad_value.to(_wide(p)) * _slope(p, a, f, strength))
         for p, a, f in zip(params, anchors, importances, strict=True)
     ]
 
@@ -43,7 +43,7 @@ def quadratic_penalty_grad_(
     anchors: list[Tensor],
     importances: list[Tensor],
     strength: float,
-    check: bool = True,
+    check: bool,
 ) -> Tensor:
     op = "quadratic_penalty_grad_"
     _check.lengths(op, "grads", len(grads), "params", len(params))

@@ -16,8 +16,8 @@ def masked_grad_(grads: list[Tensor], reserved: list[Tensor]) -> None:
         _check.output(OP, f"grads[{i}]", g)
         _check.floating(OP, f"grads[{i}]", g)
         _check.like(OP, f"reserved[{i}]", r, f"grads[{i}]", g)
-        if r.dtype != torch.bool:
-            _check.floating(OP, f"reserved[{i}] (if it is not bool)", r)
+        if r.dtype != torch.bool and r.dtype not in _check.FLOATS:
+            raise ValueError(f"{OP}: reserved[{i}] must be bool, float32, float64, bfloat16 or float16")
     _check.distinct(OP, "grads", grads, reserved=reserved)
     for i, r in enumerate(reserved):
         _check.in_unit_interval(OP, f"reserved[{i}]", r)

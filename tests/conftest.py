@@ -1,0 +1,52 @@
+"""What every test shares: determinism (uninitialised memory is NaN), a seed, and where the real data lies."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+def mnist_root() -> Path | None:
+    for candidate in (
+        os.environ.get("FASTCL_DATA"),
+        ROOT / "data" / "mnist",
+        ROOT.parent / "shared" / "data" / "mnist",
+    ):
+        if candidate and any(Path(candidate).glob("train-images*")):
+            return Path(candidate)
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = {
+        "mnist": "real MNIST not found: set FASTCL_DATA" if mnist_root() is None else None,
+        "gpu": None if torch.cuda.is_available() else "no CUDA or ROCm device",
+        "large": None if os.environ.get("FASTCL_LARGE") == "1" else "set FASTCL_LARGE=1",
+    }
+    for item in items:
+        for marker, reason in missing.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def mnist() -> Path:
+    root = mnist_root()
+    assert root is not None, "mark the test with `mnist`"
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _repeatable() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)

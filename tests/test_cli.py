@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT
+
+
+def fastcl(*args: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fastcl", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd or ROOT, timeout=300)
+
+
+def test_run_writes_result_and_picture(tmp_path: Path) -> None:
+    out, plot = tmp_path / "result.json", tmp_path / "result.png"
+    options = ["--option", "strength=50", "--option", "form=separate"]
+    done = fastcl("run", "ewc", "--setting", "task", "--epochs", 2, *options, "--out", out, "--plot", plot)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    wanted = "method setting scenario data seed accuracy average_accuracy forgetting acc_generated parameters"
+    assert set(wanted.split()) | {"seconds", "versions"} <= set(result)
+    assert result["options"] == {"strength": 50.0, "form": "separate"}
+    assert result["acc_generated"] is None
+    assert len(result["accuracy"]) == 5
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+    assert "average" in done.stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["result.json", "result.png"]
+
+
+def test_methods_and_info() -> None:
+    listed = json.loads(fastcl("methods", "--json").stdout)
+    assert {"finetune", "joint", "ewc"} <= {m["name"] for m in listed}
+    assert all(set(m) >= {"name", "paper", "seed"} for m in listed)
+    assert "ewc" in fastcl("methods").stdout
+    assert json.loads(fastcl("info").stdout)["kernels"]["masked_grad_"] in ("c++", "reference")
+
+
+BAD = {
+    "unknown method": (["run", "sgd"], "method is 'sgd' but must be one of finetune, joint, ewc"),
+    "unknown data": (["run", "ewc", "--data", "svhn"], "data is 'svhn'"),
+    "unknown scenario": (["run", "ewc", "--scenario", "shuffled"], "scenario is 'shuffled'"),
+    "unknown setting": (["run", "ewc", "--setting", "both"], "setting is 'both'"),
+    "tasks": (["run", "ewc", "--tasks", "3"], "tasks is 3 but must divide the 10 classes of digits"),
+    "epochs": (["run", "ewc", "--epochs", "0"], "epochs is 0"),
+    "batch size": (["run", "ewc", "--batch-size", "-1"], "batch_size is -1"),
+    "learning rate": (["run", "ewc", "--lr", "-1"], "lr is -1.0"),
+    "threads": (["run", "ewc", "--threads", "0"], "threads is 0"),
+    "device": (["run", "ewc", "--device", "quantum"], "device is 'quantum'"),
+    "no data": (["run", "ewc", "--data", "mnist", "--data-root", "nowhere"], "no train-images-idx3-ubyte"),
+    "unknown option": (["run", "ewc", "--option", "power=2"], "option 'power' is unknown to ewc: it has form"),
+    "option without value": (["run", "ewc", "--option", "form"], "must be key=value"),
+    "option type": (["run", "ewc", "--option", "strength=strong"], "must be of type float"),
+    "option value": (["run", "ewc", "--option", "strength=-1"], "strength is -1.0"),
+    "plot format": (["run", "ewc", "--plot", "x.bmp"], "must end in .png"),
+    "resume without folder": (["run", "ewc", "--resume"], "resume needs checkpoint"),
+    "resume from nothing": (["run", "ewc", "--resume", "--checkpoint", "none"], "is not a checkpoint"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_writes_nothing(case: str, tmp_path: Path) -> None:
+    args, message = BAD[case]
+    out = [] if args[:1] != ["run"] else ["--out", tmp_path / "result.json"]
+    done = fastcl(*args, *out, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.startswith("fastcl: ")
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_extra_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise ImportError('gone', name='typer')")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from fastcl.cli import main"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "fastcl: the command line needs the package typer: run `pip install 'fastcl[cli]'`"
