@@ -82,6 +82,14 @@ FASTCL_HD double exp(double x) {
   return p * scale;
 }
 
+#ifdef __GNUC__  // the builtins vectorise under -fno-math-errno
+FASTCL_HD float sqrt(float x) { return __builtin_sqrtf(x); }
+FASTCL_HD double sqrt(double x) { return __builtin_sqrt(x); }
+#else
+FASTCL_HD float sqrt(float x) { return ::sqrtf(x); }
+FASTCL_HD double sqrt(double x) { return ::sqrt(x); }
+#endif
+
 template <class T>
 FASTCL_HD T abs(T x) {
   return x < T(0) ? -x : x;

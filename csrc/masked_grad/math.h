@@ -1,4 +1,4 @@
-// The gradient of a weight that is partly or wholly reserved for earlier tasks: g (1 - r).
+// Weights that are partly or wholly reserved for earlier tasks: their gradient g (1 - r), and the steps of the free ones.
 #pragma once
 #include "../common/math.h"
 
@@ -22,5 +22,41 @@ FASTCL_HD double masked_grad(double g, uint8_t r) {
   std::memcpy(&g, &bits, sizeof bits);
   return g;
 }
+
+// The same from the free share 1 - r, for masks stored as bits or as two vectors.
+template <class T>
+FASTCL_HD T shared_grad(T g, T free) {
+  return free == T(0) ? T(0) : g * free;
+}
+
+// One step of SGD (torch.optim.SGD) on one free weight. `first` starts the momentum buffer with the gradient.
+template <class A>
+struct Sgd {
+  A lr, momentum, one_minus_dampening, weight_decay, sign;
+  bool nesterov, first;
+
+  FASTCL_HD A gradient(A p, A g) const {
+    g *= sign;
+    return weight_decay != A(0) ? g + weight_decay * p : g;
+  }
+  FASTCL_HD A buffer(A buffer, A g) const { return first ? g : momentum * buffer + one_minus_dampening * g; }
+  FASTCL_HD A direction(A buffer, A g) const { return nesterov ? g + momentum * buffer : buffer; }
+  FASTCL_HD A update(A p, A direction) const { return p - lr * direction; }
+};
+
+// One step of Adam or, decoupled, AdamW (torch.optim): the bias corrections stand in step_size and root_scale.
+template <class A>
+struct Adam {
+  A one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, shrink, sign, step_size, root_scale;
+
+  FASTCL_HD A gradient(A p, A g) const {
+    g *= sign;
+    return weight_decay != A(0) ? g + weight_decay * p : g;
+  }
+  FASTCL_HD A mean(A m, A g) const { return m + one_minus_beta1 * (g - m); }
+  FASTCL_HD A square(A v, A g) const { return beta2 * v + one_minus_beta2 * g * g; }
+  FASTCL_HD A largest(A seen, A v) const { return v <= seen ? seen : v; }  // NaN stays
+  FASTCL_HD A update(A p, A m, A v) const { return p * shrink - step_size * m / (sqrt(v) * root_scale + eps); }
+};
 
 }  // namespace fastcl

@@ -8,7 +8,7 @@ from .importance import (
     quadratic_penalty,
     quadratic_penalty_grad_,
 )
-from .masked_grad import masked_grad_
+from .masked_grad import masked_adam_, masked_grad_, masked_grad_any_, masked_sgd_, pack_mask, unpack_mask
 from .proximal import soft_threshold_
 
 __all__ = [
@@ -16,8 +16,13 @@ __all__ = [
     "accumulate_conv_",
     "accumulate_outer_",
     "annealed_mask",
+    "masked_adam_",
     "masked_grad_",
+    "masked_grad_any_",
+    "masked_sgd_",
+    "pack_mask",
     "quadratic_penalty",
     "quadratic_penalty_grad_",
     "soft_threshold_",
+    "unpack_mask",
 ]

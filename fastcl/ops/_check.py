@@ -84,3 +84,94 @@ def in_unit_interval(op: str, name: str, t: Tensor) -> None:
 def not_negative(op: str, name: str, t: Tensor) -> None:
     if has_values(t) and not (t >= 0).all():
         raise ValueError(f"{op}: {name} has NaN or negative values")
+
+
+def mask(op: str, name: str, t: Tensor, columns: Tensor | None, like_name: str, other: Tensor, values: bool) -> None:
+    """A reserved mask in one of the forms of :func:`free_share`."""
+    if t.device != other.device:
+        raise ValueError(f"{op}: {name} must be a {other.device.type.upper()} tensor like {like_name}")
+    n = other.numel()
+    if n == 0:
+        return
+    if columns is not None and columns.numel():
+        if t.dtype not in FLOATS or columns.dtype not in FLOATS:
+            raise ValueError(f"{op}: {name} and its columns must be float32, float64, bfloat16 or float16")
+        if other.dim() < 2 or (t.shape, columns.shape) != (other.shape[:1], other.shape[1:2]):
+            raise ValueError(
+                f"{op}: {name} and its columns have {t.numel()} and {columns.numel()} values but must be vectors with "
+                f"one for each index of dimensions 0 and 1 of {like_name}"
+            )
+        if not any(_outermost(other, d) for d in (0, 1)):
+            raise ValueError(
+                f"{op}: {like_name} must have dimension 0 or 1 outermost in memory for a mask of two vectors"
+            )
+        if values:
+            in_unit_interval(op, name, t)
+            in_unit_interval(op, name, columns)
+        return
+    if t.dtype == torch.bool and t.shape == (0,):
+        return
+    if t.dtype == torch.uint8:
+        if t.dim() != 1 or t.numel() != (n + 7) // 8:
+            raise ValueError(
+                f"{op}: {name} has {t.numel()} bytes in {t.dim()} dimensions but packed bits for {like_name} must be "
+                f"one dimension of {(n + 7) // 8}"
+            )
+        return
+    if t.dtype != torch.bool and t.dtype not in FLOATS:
+        raise ValueError(f"{op}: {name} must be bool, uint8 (packed bits), float32, float64, bfloat16 or float16")
+    like(op, name, t, like_name, other)
+    if values:
+        in_unit_interval(op, name, t)
+
+
+def _outermost(t: Tensor, dim: int) -> bool:
+    return t.shape[dim] == 1 or dense(t).stride(dim) * t.shape[dim] == t.numel()
+
+
+def dense(t: Tensor) -> Tensor:
+    """`t` if it fills its memory without gaps, in whatever order; else a contiguous copy."""
+    expected = 1
+    for dim in reversed(_memory_order(t)):
+        if t.shape[dim] != 1 and t.stride(dim) != expected:
+            return t.contiguous()
+        expected *= t.shape[dim]
+    return t
+
+
+def _memory_order(t: Tensor) -> list[int]:
+    return sorted((d for d in range(t.dim())), key=lambda d: -t.stride(d) if t.shape[d] != 1 else -t.numel())
+
+
+def flat(t: Tensor) -> Tensor:
+    """The elements in memory order."""
+    t = dense(t)
+    return t.permute(_memory_order(t)).reshape(-1)
+
+
+def unpack(packed: Tensor, like: Tensor) -> Tensor:
+    """One bit an element of `like`, in its memory order: bit i % 8 of byte i // 8."""
+    like = dense(like)
+    order = _memory_order(like)
+    bits = (packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    found = bits.reshape(-1)[: like.numel()].bool().reshape([like.shape[d] for d in order]).permute(inverse)
+    return torch.empty_like(like, dtype=torch.bool).copy_(found)
+
+
+def free_share(t: Tensor, columns: Tensor | None, weight: Tensor) -> Tensor | None:
+    """1 - r in float32 (float64 for a float64 weight): 0 exactly where r is 1; None without a mask.
+
+    `t`: bool or float of the weight's shape, packed bits (uint8), or with `columns` one value for each index of
+    dimension 0, and in `columns` of dimension 1: r = min(t[i], columns[j]). Bool of shape [0]: no mask.
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    if columns is not None and columns.numel():
+        shape = [weight.shape[0], weight.shape[1], *[1] * (weight.dim() - 2)]
+        r = torch.minimum(t.to(wide).unsqueeze(1), columns.to(wide).unsqueeze(0)).reshape(shape)
+        return (1 - r).expand(weight.shape)
+    if t.dtype == torch.bool and t.shape == (0,) and weight.numel():
+        return None
+    if t.dtype == torch.uint8:
+        return (~unpack(t, weight)).to(wide)
+    return 1 - t.to(wide)

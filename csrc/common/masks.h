@@ -1,0 +1,108 @@
+// Reserved masks in every stored form, read as the free share 1 - r of each weight: 0 exactly where r is 1.
+#pragma once
+#include "cpu.h"
+
+namespace fastcl {
+
+enum class MaskKind : int64_t { none, boolean, packed, f32, f64, bf16, f16, vectors };
+
+// `vectors` is HAT's min(outer[i], inner[j]) without the matrix: the weight's memory is rows of `row` elements; `data`
+// holds one value a row, `inner` one value for each place in a row, both in the arithmetic type.
+struct MaskView {
+  MaskKind kind = MaskKind::none;
+  const void* data = nullptr;
+  const void* inner = nullptr;
+  int64_t row = 0;
+};
+
+// A body works through blocks of this many weights: 4 KiB of free shares stay in L1.
+constexpr int64_t kMaskBlock = 1024;
+
+template <class A, class M>
+FASTCL_HD void free_from_floats(A* FASTCL_RESTRICT free, const M* FASTCL_RESTRICT r, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) free[i] = A(1) - static_cast<A>(load(r + i));
+}
+
+// Bit i % 8 of byte i / 8; 32 weights from one word, by shifts that vectorise.
+template <class A>
+FASTCL_HD void free_from_bits(A* FASTCL_RESTRICT free, const uint8_t* FASTCL_RESTRICT bytes, int64_t n) {
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32, bytes += 4) {
+    const uint32_t word =
+        uint32_t(bytes[0]) | uint32_t(bytes[1]) << 8 | uint32_t(bytes[2]) << 16 | uint32_t(bytes[3]) << 24;
+    for (uint32_t j = 0; j < 32; ++j) free[i + j] = static_cast<A>(static_cast<int32_t>(~(word >> j) & 1u));
+  }
+  for (int64_t j = 0; i + j < n; ++j) free[i + j] = static_cast<A>(1 - ((bytes[j >> 3] >> (j & 7)) & 1));
+}
+
+template <class A>
+FASTCL_HD void free_from_vectors(A* FASTCL_RESTRICT free, const MaskView& mask, int64_t begin, int64_t n) {
+  const A* outer = static_cast<const A*>(mask.data) + begin / mask.row;
+  int64_t column = begin % mask.row;
+  for (int64_t i = 0; i < n; ++outer, column = 0) {
+    const A* inner = static_cast<const A*>(mask.inner) + column;
+    const int64_t run = std::min(n - i, mask.row - column);
+    const A o = *outer;
+    for (int64_t k = 0; k < run; ++k) free[i + k] = A(1) - (inner[k] < o ? inner[k] : o);
+    i += run;
+  }
+}
+
+// free[0..n) of the weights begin..begin+n; begin is a multiple of 8 (VirtualArray aligns pieces to 64).
+template <class A>
+FASTCL_HD void free_shares(A* FASTCL_RESTRICT free, const MaskView& mask, int64_t begin, int64_t n) {
+  switch (mask.kind) {
+    case MaskKind::none:
+      for (int64_t i = 0; i < n; ++i) free[i] = A(1);
+      return;
+    case MaskKind::boolean: {
+      const uint8_t* r = static_cast<const uint8_t*>(mask.data) + begin;
+      for (int64_t i = 0; i < n; ++i) free[i] = static_cast<A>(static_cast<int32_t>(r[i] == 0));
+      return;
+    }
+    case MaskKind::packed:
+      return free_from_bits(free, static_cast<const uint8_t*>(mask.data) + begin / 8, n);
+    case MaskKind::f32:
+      return free_from_floats(free, static_cast<const float*>(mask.data) + begin, n);
+    case MaskKind::f64:
+      return free_from_floats(free, static_cast<const double*>(mask.data) + begin, n);
+    case MaskKind::bf16:
+      return free_from_floats(free, static_cast<const BFloat16*>(mask.data) + begin, n);
+    case MaskKind::f16:
+      return free_from_floats(free, static_cast<const Half*>(mask.data) + begin, n);
+    case MaskKind::vectors:
+      return free_from_vectors(free, mask, begin, n);
+  }
+}
+
+// Keeps every bit where the weight is reserved; the choice is made on the stored bits, so also for NaN payloads.
+FASTCL_HD void store_free(float* x, float free, float value) { *x = free == 0.f ? *x : value; }
+FASTCL_HD void store_free(double* x, double free, double value) { *x = free == 0.0 ? *x : value; }
+template <class H>
+FASTCL_HD void store_free(H* x, float free, float value) {
+  H rounded;
+  store(&rounded, value);
+  const uint32_t keep = static_cast<uint32_t>(-static_cast<int32_t>(free == 0.f));
+  x->x = static_cast<uint16_t>((uint32_t(x->x) & keep) | (uint32_t(rounded.x) & ~keep));
+}
+
+// One weight's mask as a kernel wants it: checked, in the weight's memory order, temporaries kept alive.
+class Mask {
+ public:
+  // `reserved`: bool or floating point of the weight's shape; uint8 of one bit a weight in its memory order (`weight`
+  // must then be the caller's own, before any copy, if that order is to hold); bool of shape [0] for no mask; or, where
+  // `columns` is not empty, one value for each index of dimension 0, and `columns` one for each index of dimension 1.
+  Mask(const Tensor& reserved, const Tensor* columns, const Tensor& weight, const char* op, Name name, Name weight_name);
+  const MaskView& view() const { return view_; }
+  bool in_unit_interval() const;  // false for NaN; reads float masks once
+
+ private:
+  void take_vectors(const Tensor& rows, const Tensor& columns, const Tensor& weight, const char* op, Name name,
+                    Name weight_name);
+  Tensor data_, inner_;
+  int64_t numel_ = 0;
+  MaskView view_;
+  bool wide_ = false;
+};
+
+}  // namespace fastcl
