@@ -2,13 +2,14 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import ops
+from . import ops, optim
 from ._info import build_info
 from .importance import EWC, FallbackWarning, fisher_diagonal
+from .optim import protect
 
 try:
     __version__ = version("fastcl")
 except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+unknown"
 
-__all__ = ["EWC", "FallbackWarning", "__version__", "build_info", "fisher_diagonal", "ops"]
+__all__ = ["EWC", "FallbackWarning", "__version__", "build_info", "fisher_diagonal", "ops", "optim", "protect"]

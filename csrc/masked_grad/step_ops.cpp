@@ -114,7 +114,7 @@ void masked_sgd_(Tensors params, Tensors momentum_buffers, Tensors grads, Tensor
   Step step(op, params, {{"momentum_buffers", momentum_buffers}}, grads, reserved, columns, check);
   for (auto& e : step.entries()) e.first = first;
   const SgdOptions options{lr, momentum, dampening, weight_decay, nesterov, maximize};
-  fastcl_masked_sgd(step.entries().data(), static_cast<int64_t>(step.entries().size()), &options);
+  masked_sgd_entries(step.entries().data(), static_cast<int64_t>(step.entries().size()), &options);
   step.finish();
 }
 
@@ -134,7 +134,7 @@ void masked_adam_(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors
             reserved, columns, check);
   step.set_steps(steps);
   const AdamOptions options{lr, beta1, beta2, eps, weight_decay, decoupled, maximize};
-  fastcl_masked_adam(step.entries().data(), static_cast<int64_t>(step.entries().size()), &options);
+  masked_adam_entries(step.entries().data(), static_cast<int64_t>(step.entries().size()), &options);
   step.finish();
 }
 

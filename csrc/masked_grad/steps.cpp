@@ -146,13 +146,13 @@ void adam_piece(const StepEntry& e, const AdamOptions& o, const Corrections& c, 
 }  // namespace
 }  // namespace fastcl
 
-void fastcl_masked_sgd(const fastcl::StepEntry* entries, int64_t n, const fastcl::SgdOptions* options) {
+void masked_sgd_entries(const fastcl::StepEntry* entries, int64_t n, const fastcl::SgdOptions* options) {
   using namespace fastcl;
   elements_of(entries, n).for_each(
       [&](size_t t, int64_t begin, int64_t end, int64_t) { sgd_piece(entries[t], *options, begin, end - begin); });
 }
 
-void fastcl_masked_adam(const fastcl::StepEntry* entries, int64_t n, const fastcl::AdamOptions* options) {
+void masked_adam_entries(const fastcl::StepEntry* entries, int64_t n, const fastcl::AdamOptions* options) {
   using namespace fastcl;
   const auto corrections = corrections_of(entries, n, *options);
   elements_of(entries, n).for_each([&](size_t t, int64_t begin, int64_t end, int64_t) {

@@ -10,7 +10,7 @@
 
 namespace fastcl {
 
-// One parameter. Every field is eight bytes wide: fastcl/optim/plan.py writes this struct as a row of int64.
+// One parameter. Every field is eight bytes wide: fastcl/ops/masked_grad/plan.py writes this struct as a row of int64.
 struct StepEntry {
   void* param;
   const void* grad;
@@ -39,6 +39,6 @@ struct AdamOptions {
 
 // No checks: the caller has validated addresses, dtypes and masks. Never throws but for want of memory.
 extern "C" {
-FASTCL_EXPORT void fastcl_masked_sgd(const fastcl::StepEntry* entries, int64_t n, const fastcl::SgdOptions* options);
-FASTCL_EXPORT void fastcl_masked_adam(const fastcl::StepEntry* entries, int64_t n, const fastcl::AdamOptions* options);
+FASTCL_EXPORT void masked_sgd_entries(const fastcl::StepEntry* entries, int64_t n, const fastcl::SgdOptions* options);
+FASTCL_EXPORT void masked_adam_entries(const fastcl::StepEntry* entries, int64_t n, const fastcl::AdamOptions* options);
 }
