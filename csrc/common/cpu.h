@@ -167,30 +167,72 @@ auto dispatch_float(ScalarType dtype, const char* op, Name name, F f) {
 
 // ---- lists of tensors as one virtual array ----
 
-bool is_dense(const Tensor& t);                      // non-overlapping, no gaps
-bool same_layout(const Tensor& a, const Tensor& b);  // element k in memory is the same index in both
+bool is_dense(const Tensor& t);                                 // non-overlapping, no gaps
+bool same_layout(const Tensor& a, const Tensor& b);             // element k in memory is the same index in both
 void check_output(const Tensor& t, const char* op, Name name);  // CPU, strided, no self-overlap
-void check_like(const Tensor& t, const Tensor& like, const char* op, Name name,
-                Name like_name);
-void check_same_dtype(const Tensor& t, const Tensor& like, const char* op, Name name,
-                      Name like_name);
+void check_like(const Tensor& t, const Tensor& like, const char* op, Name name, Name like_name);
+void check_same_dtype(const Tensor& t, const Tensor& like, const char* op, Name name, Name like_name);
 void check_lengths(size_t n, size_t expected, const char* op, const char* name, const char* like_name);
 // No two mutated tensors, and no mutated and read tensor, may share memory (unless they are the very same view).
 void check_distinct(const Tensors& outputs, const std::vector<const Tensors*>& inputs, const char* op,
                     const char* output_name, const std::vector<const char*>& input_names);
 Tensor in_layout_of(const Tensor& t, const Tensor& like);  // t itself, or one copy whose memory order is like's
 
-// Mutated tensors with gaps (slices) are worked on in a dense copy that is written back at the end.
-class Output {
+// Lists as addresses. A kernel takes its lists by reference (a copy of 200 handles is 400 atomic counts) and reads each
+// handle once. What has gaps, or another memory order than its partner, is worked on in a copy.
+class Addresses {
  public:
-  explicit Output(const Tensor& t) : original_(t), work_(is_dense(t) ? t : torch::stable::contiguous(t)) {}
-  const Tensor& tensor() const { return work_; }
+  // Mutated tensors; those with gaps are written back by finish().
+  static Addresses outputs(const Tensors& tensors) {
+    Addresses result(tensors);
+    for (size_t i = 0; i < tensors.size(); ++i)
+      if (!is_dense(tensors[i])) {
+        result.originals_.push_back(tensors[i]);
+        result.replace(i, torch::stable::contiguous(tensors[i]));
+      }
+    return result;
+  }
+  // Read tensors, in the memory order of `like`.
+  static Addresses inputs(const Tensors& tensors, const Addresses& like) {
+    Addresses result(tensors);
+    for (size_t i = 0; i < tensors.size(); ++i)
+      if (!same_layout(tensors[i], like.tensor(i))) result.replace(i, in_layout_of(tensors[i], like.tensor(i)));
+    return result;
+  }
+
+  template <class T>
+  T* at(size_t i, int64_t begin) const {
+    return static_cast<T*>(data_[i]) + begin;
+  }
+  ScalarType dtype(size_t i) const { return dtypes_[i]; }
+  const Tensor& tensor(size_t i) const {
+    for (const auto& [at, copy] : copies_)
+      if (at == i) return copy;
+    return (*tensors_)[i];
+  }
   void finish() {
-    if (!is_dense(original_)) torch::stable::copy_(original_, work_);
+    for (size_t k = 0; k < originals_.size(); ++k) torch::stable::copy_(originals_[k], copies_[k].second);
   }
 
  private:
-  Tensor original_, work_;
+  explicit Addresses(const Tensors& tensors) : tensors_(&tensors) {
+    data_.reserve(tensors.size());
+    dtypes_.reserve(tensors.size());
+    for (const Tensor& t : tensors) {
+      data_.push_back(const_cast<void*>(t.const_data_ptr()));
+      dtypes_.push_back(t.scalar_type());
+    }
+  }
+  void replace(size_t i, Tensor copy) {
+    data_[i] = const_cast<void*>(copy.const_data_ptr());
+    copies_.emplace_back(i, std::move(copy));
+  }
+
+  const Tensors* tensors_;
+  std::vector<void*> data_;
+  std::vector<ScalarType> dtypes_;
+  std::vector<std::pair<size_t, Tensor>> copies_;
+  Tensors originals_;
 };
 
 // The elements of several tensors, end to end, each starting at a multiple of kAlign, cut into chunks of kChunk.

@@ -1,4 +1,5 @@
-// accumulate_affine_: the per-sample gradients of a normalisation's weight and bias (or of any bias), to a power, summed.
+// accumulate_affine_: the per-sample gradients of a normalisation's weight and bias (or of any bias), to a power,
+// summed.
 #include <memory>
 
 #include "../common/cpu.h"
@@ -85,10 +86,9 @@ void accumulate(T* weight_out, T* bias_out, const Tensor& grad, const Tensors& n
             for (int64_t task = first; task < last; ++task) {
               const int64_t c0 = task * width, count = std::min(width, features - c0);
               for (int64_t n = 0; n < samples; ++n) {
-                simd<Reduce1<T, In, normalised>>(weight, bias, g + n * at.g[0] + c0 * at.g[2],
-                                                 x + n * at.x[0] + c0 * at.x[2],
-                                                 shift + n * at.shift[0] + c0 * at.shift[2],
-                                                 scale + n * at.scale[0] + c0 * at.scale[2], &at, count);
+                simd<Reduce1<T, In, normalised>>(
+                    weight, bias, g + n * at.g[0] + c0 * at.g[2], x + n * at.x[0] + c0 * at.x[2],
+                    shift + n * at.shift[0] + c0 * at.shift[2], scale + n * at.scale[0] + c0 * at.scale[2], &at, count);
                 for (int64_t c = 0; c < count; ++c) {
                   const T w = weight[c], b = bias[c];
                   if (weight_out) weight_out[c0 + c] += power == 2 ? importance_of<2>(w) : importance_of<1>(w);
@@ -100,9 +100,11 @@ void accumulate(T* weight_out, T* bias_out, const Tensor& grad, const Tensors& n
 }
 
 // weights and biases: lists of none or one [C]; grad [N, P, C]; normalised: none, or x, shift, scale like grad.
-void accumulate_affine_(Tensors weights, Tensors biases, Tensor grad, Tensors normalised, int64_t power) {
+void accumulate_affine_(const Tensors& weights, const Tensors& biases, const Tensor& grad, const Tensors& normalised,
+                        int64_t power) {
   FASTCL_CHECK(power == 1 || power == 2, kOp, ": power is ", power, " but must be 1 or 2");
-  FASTCL_CHECK(weights.size() <= 1 && biases.size() <= 1, kOp, ": weights and biases must each have at most one tensor");
+  FASTCL_CHECK(weights.size() <= 1 && biases.size() <= 1, kOp,
+               ": weights and biases must each have at most one tensor");
   FASTCL_CHECK(normalised.size() == 3 || (normalised.empty() && weights.empty()), kOp,
                ": normalised must be [x, shift, scale] (or empty, for a bias alone)");
   FASTCL_CHECK(grad.is_cpu() && grad.dim() == 3, kOp, ": grad must be a CPU tensor [N, P, C]");

@@ -97,7 +97,8 @@ void accumulate(T* out, const Operand& g, const In* input, const Geometry& geo, 
   for (int64_t r = 0; r < max_rows; ++r) {
     const int64_t n = r / positions, p = r % positions;
     const int64_t d = p / (geo.out[1] * geo.out[2]), h = p / geo.out[2] % geo.out[1], w = p % geo.out[2];
-    row_offsets[r] = n * volume + d * geo.stride[0] * plane + h * geo.stride[1] * line + w * geo.stride[2] * geo.channels;
+    row_offsets[r] =
+        n * volume + d * geo.stride[0] * plane + h * geo.stride[1] * line + w * geo.stride[2] * geo.channels;
   }
   std::vector<int64_t> tap_offsets;
   for (int64_t d = 0; d < geo.kernel[0]; ++d)
@@ -165,8 +166,7 @@ void add_transposed(T* out, const T* sums, int64_t outputs, int64_t channels, in
   par_for(0, outputs, std::max<int64_t>(1, 32768 / (channels * taps)), [&](int64_t first, int64_t last) {
     for (int64_t o = first; o < last; ++o)
       for (int64_t c = 0; c < channels; ++c)
-        for (int64_t t = 0; t < taps; ++t)
-          out[(o * channels + c) * taps + t] += sums[(o * taps + t) * channels + c];
+        for (int64_t t = 0; t < taps; ++t) out[(o * channels + c) * taps + t] += sums[(o * taps + t) * channels + c];
   });
 }
 
@@ -183,9 +183,9 @@ void accumulate_conv_(Tensor out, Tensor grad, Tensor input, std::vector<int64_t
   FASTCL_CHECK(spatial >= 1 && spatial <= 3, kOp, ": out must be [O, C / groups, kernel...] with 1 to 3 kernel sizes");
   FASTCL_CHECK(grad.dim() == out.dim() && input.dim() == out.dim() && grad.size(0) == input.size(0), kOp,
                ": grad and input must be [N, channels, spatial...] of the same N, with as many spatial sizes as out");
-  FASTCL_CHECK(groups >= 1 && grad.size(1) == out.size(0) && input.size(1) == out.size(1) * groups &&
-                   out.size(0) % groups == 0,
-               kOp, ": out must be [channels of grad, channels of input / groups, kernel...]");
+  FASTCL_CHECK(
+      groups >= 1 && grad.size(1) == out.size(0) && input.size(1) == out.size(1) * groups && out.size(0) % groups == 0,
+      kOp, ": out must be [channels of grad, channels of input / groups, kernel...]");
   FASTCL_CHECK(static_cast<int64_t>(stride.size()) == spatial && static_cast<int64_t>(padding.size()) == spatial &&
                    static_cast<int64_t>(dilation.size()) == spatial,
                kOp, ": stride, padding and dilation must each have ", spatial, " numbers");
@@ -225,7 +225,7 @@ void accumulate_conv_(Tensor out, Tensor grad, Tensor input, std::vector<int64_t
     expected *= grad.size(d);
   }
   if (!even) grad = torch::stable::contiguous(grad);
-  const Operand g = {grad.const_data_ptr(), geo.samples,      geo.positions(), geo.outputs,
+  const Operand g = {grad.const_data_ptr(), geo.samples,     geo.positions(), geo.outputs,
                      grad.stride(0),        grad.stride(-1), grad.stride(1)};
 
   Tensor work = torch::stable::contiguous(out);

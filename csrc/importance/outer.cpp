@@ -71,8 +71,8 @@ void accumulate(T* out, const Operand& g, const Operand& a, int power) {
 
 Operand operand(const Tensor& t) {
   const bool tokens = t.dim() == 3;
-  return {t.const_data_ptr(), t.size(0), tokens ? t.size(1) : 1, t.size(-1), t.stride(0), tokens ? t.stride(1) : 0,
-          t.stride(-1)};
+  return {t.const_data_ptr(),       t.size(0),   tokens ? t.size(1) : 1, t.size(-1), t.stride(0),
+          tokens ? t.stride(1) : 0, t.stride(-1)};
 }
 
 void accumulate_outer_(Tensor out, Tensor grad, Tensor activation, int64_t power) {

@@ -56,7 +56,7 @@ struct PenaltyGrad {
 template <class F>
 struct AllValid {
   static FASTCL_HD bool run(const F* f, int64_t n) {
-    int32_t bad = 0;  // counted, not and-ed: gcc vectorises this
+    int32_t bad = 0;                                             // counted, not and-ed: gcc vectorises this
     for (int64_t i = 0; i < n; ++i) bad += !(load(f + i) >= 0);  // true for NaN
     return bad == 0;
   }
@@ -72,35 +72,41 @@ auto dispatch_importance(ScalarType dtype, const char* op, Name name, Body body)
   return body(T{});
 }
 
-// The checked arguments, in the memory order of the parameters.
+void check_problem(const char* op, const Tensors& params, const Tensors& anchors, const Tensors& importances,
+                   double strength) {
+  FASTCL_CHECK(std::isfinite(strength) && strength >= 0, op, ": strength is ", strength,
+               " but must be finite and not negative");
+  check_lengths(anchors.size(), params.size(), op, "anchors", "params");
+  check_lengths(importances.size(), params.size(), op, "importances", "params");
+  for (size_t i = 0; i < params.size(); ++i) {
+    const Tensor& param = params[i];
+    const Name name = item("params", i);
+    FASTCL_CHECK(param.is_cpu(), op, ": ", name, " must be a CPU tensor");
+    dispatch_float(param.scalar_type(), op, name, [](auto) {});
+    check_like(anchors[i], param, op, item("anchors", i), name);
+    check_same_dtype(anchors[i], param, op, item("anchors", i), name);
+    check_like(importances[i], param, op, item("importances", i), name);
+    const ScalarType f_type = importances[i].scalar_type();
+    FASTCL_CHECK(f_type == param.scalar_type() || f_type == ScalarType::Float || f_type == ScalarType::BFloat16, op,
+                 ": ", item("importances", i), " must have the dtype of ", name, ", float32 or bfloat16");
+  }
+}
+
+// Checked arguments as addresses, in the memory order of the parameters.
 struct Problem {
   const char* op;
-  Tensors params, anchors, importances;
+  Addresses params, anchors, importances;
   VirtualArray all;
   bool wide = false;  // some parameter is float64
 
-  Problem(const char* op_, Tensors p, Tensors a, Tensors f, double strength, bool check)
-      : op(op_), params(std::move(p)), anchors(std::move(a)), importances(std::move(f)) {
-    FASTCL_CHECK(std::isfinite(strength) && strength >= 0, op, ": strength is ", strength,
-                 " but must be finite and not negative");
-    check_lengths(anchors.size(), params.size(), op, "anchors", "params");
-    check_lengths(importances.size(), params.size(), op, "importances", "params");
-    for (size_t i = 0; i < params.size(); ++i) {
-      const Tensor& param = params[i];
-      const Name name = item("params", i);
-      FASTCL_CHECK(param.is_cpu(), op, ": ", name, " must be a CPU tensor");
-      dispatch_float(param.scalar_type(), op, name, [](auto) {});
-      check_like(anchors[i], param, op, item("anchors", i), name);
-      check_same_dtype(anchors[i], param, op, item("anchors", i), name);
-      check_like(importances[i], param, op, item("importances", i), name);
-      const ScalarType f_type = importances[i].scalar_type();
-      FASTCL_CHECK(f_type == param.scalar_type() || f_type == ScalarType::Float || f_type == ScalarType::BFloat16, op,
-                   ": ", item("importances", i), " must have the dtype of ", name, ", float32 or bfloat16");
-      wide |= param.scalar_type() == ScalarType::Double;
-      if (!is_dense(param)) params[i] = torch::stable::contiguous(param);
-      anchors[i] = in_layout_of(anchors[i], params[i]);
-      importances[i] = in_layout_of(importances[i], params[i]);
-      all.add(param.numel());
+  Problem(const char* op_, const Tensors& p, const Tensors& a, const Tensors& f, bool check)
+      : op(op_),
+        params(Addresses::outputs(p)),
+        anchors(Addresses::inputs(a, params)),
+        importances(Addresses::inputs(f, params)) {
+    for (size_t i = 0; i < p.size(); ++i) {
+      wide |= params.dtype(i) == ScalarType::Double;
+      all.add(p[i].numel());
     }
     if (check) check_importances();
   }
@@ -108,10 +114,9 @@ struct Problem {
   void check_importances() const {
     std::vector<int64_t> bad(all.chunks(), -1);
     all.for_each([&](size_t t, int64_t begin, int64_t end, int64_t chunk) {
-      dispatch_float(importances[t].scalar_type(), op, "importances", [&](auto type) {
+      dispatch_float(importances.dtype(t), op, "importances", [&](auto type) {
         using F = decltype(type);
-        if (!simd<AllValid<F>>(static_cast<const F*>(importances[t].const_data_ptr()) + begin, end - begin))
-          bad[chunk] = static_cast<int64_t>(t);
+        if (!simd<AllValid<F>>(importances.at<const F>(t, begin), end - begin)) bad[chunk] = static_cast<int64_t>(t);
       });
     });
     for (int64_t t : bad)
@@ -123,20 +128,15 @@ struct Problem {
   double sum(const Piece& piece) const {
     std::vector<double> partial(all.chunks(), 0.0);
     all.for_each([&](size_t t, int64_t begin, int64_t end, int64_t chunk) {
-      dispatch_float(params[t].scalar_type(), op, "params", [&](auto type) {
+      dispatch_float(params.dtype(t), op, "params", [&](auto type) {
         using T = decltype(type);
-        dispatch_importance<T>(importances[t].scalar_type(), op, "importances",
+        dispatch_importance<T>(importances.dtype(t), op, "importances",
                                [&](auto f_type) { partial[chunk] += piece(type, f_type, t, begin, end); });
       });
     });
     double total = 0;
     for (double part : partial) total += part;
     return total;
-  }
-
-  template <class T>
-  const T* at(const Tensors& list, size_t t, int64_t begin) const {
-    return static_cast<const T*>(list[t].const_data_ptr()) + begin;
   }
 
   Tensor value(double sum_of_terms, double strength) const {
@@ -150,46 +150,49 @@ struct Problem {
   }
 
   template <bool add>
-  double gradient(const std::vector<Tensor>& grads, double strength) const {
+  double gradient(const Addresses& grads, double strength) const {
     return sum([&](auto type, auto f_type, size_t t, int64_t begin, int64_t end) {
       using T = decltype(type);
       using F = decltype(f_type);
-      return simd<PenaltyGrad<T, F, add>>(static_cast<T*>(grads[t].mutable_data_ptr()) + begin, at<T>(params, t, begin),
-                                          at<T>(anchors, t, begin), at<F>(importances, t, begin), strength,
+      return simd<PenaltyGrad<T, F, add>>(grads.at<T>(t, begin), params.at<const T>(t, begin),
+                                          anchors.at<const T>(t, begin), importances.at<const F>(t, begin), strength,
                                           end - begin);
     });
   }
 };
 
-Tensor quadratic_penalty(Tensors params, Tensors anchors, Tensors importances, double strength, bool check) {
-  const Problem problem("quadratic_penalty", std::move(params), std::move(anchors), std::move(importances), strength,
-                        check);
+Tensor quadratic_penalty(const Tensors& params, const Tensors& anchors, const Tensors& importances, double strength,
+                         bool check) {
+  const char* op = "quadratic_penalty";
+  check_problem(op, params, anchors, importances, strength);
+  const Problem problem(op, params, anchors, importances, check);
   const double total = problem.sum([&](auto type, auto f_type, size_t t, int64_t begin, int64_t end) {
     using T = decltype(type);
     using F = decltype(f_type);
-    return simd<Penalty<T, F>>(problem.at<T>(problem.params, t, begin), problem.at<T>(problem.anchors, t, begin),
-                               problem.at<F>(problem.importances, t, begin), end - begin);
+    return simd<Penalty<T, F>>(problem.params.at<const T>(t, begin), problem.anchors.at<const T>(t, begin),
+                               problem.importances.at<const F>(t, begin), end - begin);
   });
   return problem.value(total, strength);
 }
 
-Tensors quadratic_penalty_backward(Tensor grad_value, Tensors params, Tensors anchors, Tensors importances,
-                                   double strength) {
+Tensors quadratic_penalty_backward(const Tensor& grad_value, const Tensors& params, const Tensors& anchors,
+                                   const Tensors& importances, double strength) {
   const char* op = "quadratic_penalty_backward";
-  const Problem problem(op, std::move(params), std::move(anchors), std::move(importances), strength, false);
+  check_problem(op, params, anchors, importances, strength);
   FASTCL_CHECK(grad_value.is_cpu() && grad_value.numel() == 1, op, ": grad_value must be one number on the CPU");
+  const Problem problem(op, params, anchors, importances, false);
   const double upstream = dispatch_float(grad_value.scalar_type(), op, "grad_value", [&](auto type) {
     using T = decltype(type);
     return static_cast<double>(load(static_cast<const T*>(grad_value.const_data_ptr())));
   });
   Tensors grads;
-  for (const Tensor& p : problem.params) grads.push_back(torch::stable::empty_like(p));
-  problem.gradient<false>(grads, strength * upstream);
+  for (size_t i = 0; i < params.size(); ++i) grads.push_back(torch::stable::empty_like(problem.params.tensor(i)));
+  problem.gradient<false>(Addresses::inputs(grads, problem.params), strength * upstream);
   return grads;
 }
 
-Tensor quadratic_penalty_grad_(Tensors grads, Tensors params, Tensors anchors, Tensors importances, double strength,
-                               bool check) {
+Tensor quadratic_penalty_grad_(const Tensors& grads, const Tensors& params, const Tensors& anchors,
+                               const Tensors& importances, double strength, bool check) {
   const char* op = "quadratic_penalty_grad_";
   check_lengths(grads.size(), params.size(), op, "grads", "params");
   for (size_t i = 0; i < grads.size(); ++i) {
@@ -197,13 +200,16 @@ Tensor quadratic_penalty_grad_(Tensors grads, Tensors params, Tensors anchors, T
     check_like(grads[i], params[i], op, item("grads", i), item("params", i));
     check_same_dtype(grads[i], params[i], op, item("grads", i), item("params", i));
   }
+  check_problem(op, params, anchors, importances, strength);
   check_distinct(grads, {&params, &anchors, &importances}, op, "grads", {"params", "anchors", "importances"});
-  const Problem problem(op, std::move(params), std::move(anchors), std::move(importances), strength, check);
-  Tensors work;
-  for (size_t i = 0; i < grads.size(); ++i) work.push_back(in_layout_of(grads[i], problem.params[i]));
+  const Problem problem(op, params, anchors, importances, check);
+  const Addresses work = Addresses::inputs(grads, problem.params);
   const double total = problem.gradient<true>(work, strength);
-  for (size_t i = 0; i < grads.size(); ++i)
-    if (work[i].const_data_ptr() != grads[i].const_data_ptr()) torch::stable::copy_(grads[i], work[i]);
+  for (size_t i = 0; i < grads.size(); ++i) {
+    if (static_cast<const void*>(work.at<char>(i, 0)) == grads[i].const_data_ptr()) continue;  // worked on in place
+    Tensor grad = grads[i];
+    torch::stable::copy_(grad, work.tensor(i));
+  }
   return problem.value(total, strength);
 }
 

@@ -32,63 +32,54 @@ struct AllInUnitInterval {  // false for NaN too
   }
 };
 
-void check_range(const Tensors& reserved, const VirtualArray& all) {
-  std::vector<char> bad(all.chunks(), 0);
-  std::vector<size_t> culprit(all.chunks(), 0);
+void check_range(const Addresses& reserved, const VirtualArray& all) {
+  std::vector<int64_t> bad(all.chunks(), -1);
   all.for_each([&](size_t t, int64_t begin, int64_t end, int64_t chunk) {
-    if (reserved[t].scalar_type() == ScalarType::Bool || bad[chunk]) return;
-    dispatch_float(reserved[t].scalar_type(), kOp, item("reserved", t), [&](auto type) {
+    if (reserved.dtype(t) == ScalarType::Bool) return;
+    dispatch_float(reserved.dtype(t), kOp, "reserved", [&](auto type) {
       using M = decltype(type);
-      if (!simd<AllInUnitInterval<M>>(static_cast<const M*>(reserved[t].const_data_ptr()) + begin, end - begin)) {
-        bad[chunk] = 1;
-        culprit[chunk] = t;
-      }
+      if (!simd<AllInUnitInterval<M>>(reserved.at<const M>(t, begin), end - begin))
+        bad[chunk] = static_cast<int64_t>(t);
     });
   });
-  for (size_t c = 0; c < bad.size(); ++c)
-    FASTCL_CHECK(!bad[c], kOp, ": ", item("reserved", culprit[c]), " has values outside [0, 1] or NaN");
+  for (int64_t t : bad)
+    FASTCL_CHECK(t < 0, kOp, ": ", item("reserved", static_cast<size_t>(t)), " has values outside [0, 1] or NaN");
 }
 
-void masked_grad_(Tensors grads, Tensors reserved) {
+void masked_grad_(const Tensors& grads, const Tensors& reserved) {
   check_lengths(reserved.size(), grads.size(), kOp, "reserved", "grads");
   bool any_float = false;
   for (size_t i = 0; i < grads.size(); ++i) {
     check_output(grads[i], kOp, item("grads", i));
     dispatch_float(grads[i].scalar_type(), kOp, item("grads", i), [](auto) {});
     check_like(reserved[i], grads[i], kOp, item("reserved", i), item("grads", i));
-    if (reserved[i].scalar_type() != ScalarType::Bool) {
-      any_float = true;
-      FASTCL_CHECK(is_floating(reserved[i].scalar_type()), kOp, ": ", item("reserved", i),
-                   " must be bool, float32, float64, bfloat16 or float16");
-    }
+    const ScalarType mask = reserved[i].scalar_type();
+    any_float |= mask != ScalarType::Bool;
+    FASTCL_CHECK(mask == ScalarType::Bool || is_floating(mask), kOp, ": ", item("reserved", i),
+                 " must be bool, float32, float64, bfloat16 or float16");
   }
   check_distinct(grads, {&reserved}, kOp, "grads", {"reserved"});
 
-  std::vector<Output> outputs;
-  outputs.reserve(grads.size());
+  Addresses outputs = Addresses::outputs(grads);
+  const Addresses masks = Addresses::inputs(reserved, outputs);
   VirtualArray all;
-  for (size_t i = 0; i < grads.size(); ++i) {
-    outputs.emplace_back(grads[i]);
-    reserved[i] = in_layout_of(reserved[i], outputs[i].tensor());
-    all.add(grads[i].numel());
-  }
-  if (any_float) check_range(reserved, all);
+  for (const Tensor& g : grads) all.add(g.numel());
+  if (any_float) check_range(masks, all);
   all.for_each([&](size_t t, int64_t begin, int64_t end, int64_t) {
-    const Tensor& grad = outputs[t].tensor();
-    dispatch_float(grad.scalar_type(), kOp, "grads", [&](auto type) {
+    dispatch_float(outputs.dtype(t), kOp, "grads", [&](auto type) {
       using T = decltype(type);
-      T* g = static_cast<T*>(grad.mutable_data_ptr()) + begin;
-      if (reserved[t].scalar_type() == ScalarType::Bool) {
-        simd<MaskedGrad<T, uint8_t>>(g, static_cast<const uint8_t*>(reserved[t].const_data_ptr()) + begin, end - begin);
+      T* g = outputs.at<T>(t, begin);
+      if (masks.dtype(t) == ScalarType::Bool) {
+        simd<MaskedGrad<T, uint8_t>>(g, masks.at<const uint8_t>(t, begin), end - begin);
         return;
       }
-      dispatch_float(reserved[t].scalar_type(), kOp, "reserved", [&](auto mask_type) {
+      dispatch_float(masks.dtype(t), kOp, "reserved", [&](auto mask_type) {
         using M = decltype(mask_type);
-        simd<MaskedGrad<T, M>>(g, static_cast<const M*>(reserved[t].const_data_ptr()) + begin, end - begin);
+        simd<MaskedGrad<T, M>>(g, masks.at<const M>(t, begin), end - begin);
       });
     });
   });
-  for (auto& output : outputs) output.finish();
+  outputs.finish();
 }
 
 }  // namespace

@@ -15,28 +15,23 @@ struct SoftThreshold {
   }
 };
 
-void soft_threshold_(Tensors tensors, double threshold) {
+void soft_threshold_(const Tensors& tensors, double threshold) {
   FASTCL_CHECK(threshold >= 0, kOp, ": threshold is ", threshold, " but must not be negative or NaN");
+  VirtualArray all;
   for (size_t i = 0; i < tensors.size(); ++i) {
     check_output(tensors[i], kOp, item("tensors", i));
     dispatch_float(tensors[i].scalar_type(), kOp, item("tensors", i), [](auto) {});
+    all.add(tensors[i].numel());
   }
   check_distinct(tensors, {}, kOp, "tensors", {});
-  std::vector<Output> outputs;
-  outputs.reserve(tensors.size());
-  VirtualArray all;
-  for (const Tensor& t : tensors) {
-    outputs.emplace_back(t);
-    all.add(t.numel());
-  }
+  Addresses outputs = Addresses::outputs(tensors);
   all.for_each([&](size_t i, int64_t begin, int64_t end, int64_t) {
-    const Tensor& t = outputs[i].tensor();
-    dispatch_float(t.scalar_type(), kOp, "tensors", [&](auto type) {
+    dispatch_float(outputs.dtype(i), kOp, "tensors", [&](auto type) {
       using T = decltype(type);
-      simd<SoftThreshold<T>>(static_cast<T*>(t.mutable_data_ptr()) + begin, threshold, end - begin);
+      simd<SoftThreshold<T>>(outputs.at<T>(i, begin), threshold, end - begin);
     });
   });
-  for (auto& output : outputs) output.finish();
+  outputs.finish();
 }
 
 }  // namespace

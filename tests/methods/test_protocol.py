@@ -132,10 +132,10 @@ def test_descriptions() -> None:
 
 @pytest.mark.mnist
 def test_ewc_remembers_split_mnist(mnist: Path) -> None:
-    """Two tasks, one epoch: EWC keeps what fine-tuning forgets (METHODS.md: 97.7 against 93.5 on all five)."""
+    """EWC keeps what fine-tuning forgets (Hsu et al. 2018: 97.7 against 93.5)."""
     accuracy = {}
-    for name, options in (("finetune", {}), ("ewc", {"strength": 1e5})):
-        config = Config(name, "mnist", str(mnist), setting="task", epochs=1, options={"hidden": (100,), **options})
+    for name, options in (("finetune", {}), ("ewc", {"strength": 1e4})):
+        config = Config(name, "mnist", str(mnist), setting="task", epochs=2, options={"hidden": (200, 200), **options})
         accuracy[name] = Run(config).train()["average_accuracy"]
-    assert accuracy["ewc"] > 0.96
-    assert accuracy["ewc"] > accuracy["finetune"] + 0.01
+    assert accuracy["ewc"] > 0.97
+    assert accuracy["ewc"] > accuracy["finetune"] + 0.02
