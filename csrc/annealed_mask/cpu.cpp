@@ -24,6 +24,16 @@ struct AnnealedMaskBackward {
   }
 };
 
+template <class T, Compensation kind>
+struct CompensatedMaskBackward {
+  static FASTCL_HD void run(T* FASTCL_RESTRICT ge, const T* FASTCL_RESTRICT gm, const T* FASTCL_RESTRICT e,
+                            double scale, double s_max, int64_t n) {
+    using A = arithmetic_t<T>;
+    const A s = static_cast<A>(scale), top = static_cast<A>(s_max);
+    for (int64_t i = 0; i < n; ++i) store(ge + i, load(gm + i) * mask_slope<kind>(load(e + i), s, top));
+  }
+};
+
 void check_scale(const char* op, double scale) {
   FASTCL_CHECK(std::isfinite(scale) && scale >= 0, op, ": scale is ", scale, " but must be finite and not negative");
 }
@@ -36,8 +46,7 @@ void for_elements(int64_t numel, const F& f) {
   all.for_each([&](size_t, int64_t begin, int64_t end, int64_t) { f(begin, end - begin); });
 }
 
-Tensor annealed_mask_cpu(Tensor embedding, double scale) {
-  const char* op = "annealed_mask";
+Tensor mask_of(const char* op, Tensor embedding, double scale) {
   check_scale(op, scale);
   FASTCL_CHECK(embedding.is_cpu(), op, ": embedding must be a CPU tensor");
   if (!is_dense(embedding)) embedding = torch::stable::contiguous(embedding);
@@ -50,6 +59,42 @@ Tensor annealed_mask_cpu(Tensor embedding, double scale) {
                  [&](int64_t begin, int64_t n) { simd<AnnealedMask<T>>(m + begin, e + begin, scale, n); });
   });
   return mask;
+}
+
+Tensor annealed_mask_cpu(Tensor embedding, double scale) { return mask_of("annealed_mask", embedding, scale); }
+
+void check_compensation(const char* op, double scale, double s_max, bool literal) {
+  FASTCL_CHECK(std::isfinite(s_max) && s_max > 0, op, ": s_max is ", s_max, " but must be finite and positive");
+  FASTCL_CHECK(!literal || scale > 0, op, ": scale is 0 but must be positive for the literal compensation");
+}
+
+Tensor compensated_mask_cpu(Tensor embedding, double scale, double s_max, bool literal) {
+  check_compensation("compensated_mask", scale, s_max, literal);
+  return mask_of("compensated_mask", embedding, scale);
+}
+
+Tensor compensated_mask_backward_cpu(Tensor grad, Tensor embedding, double scale, double s_max, bool literal) {
+  const char* op = "compensated_mask_backward";
+  check_scale(op, scale);
+  check_compensation(op, scale, s_max, literal);
+  check_like(grad, embedding, op, "grad", "embedding");
+  check_same_dtype(grad, embedding, op, "grad", "embedding");
+  if (!is_dense(embedding)) embedding = torch::stable::contiguous(embedding);
+  Tensor grad_embedding = torch::stable::empty_like(embedding);
+  grad = in_layout_of(grad, grad_embedding);
+  dispatch_float(embedding.scalar_type(), op, "embedding", [&](auto type) {
+    using T = decltype(type);
+    T* ge = static_cast<T*>(grad_embedding.mutable_data_ptr());
+    const T* gm = static_cast<const T*>(grad.const_data_ptr());
+    const T* e = static_cast<const T*>(embedding.const_data_ptr());
+    for_elements(embedding.numel(), [&](int64_t begin, int64_t n) {
+      if (literal)
+        simd<CompensatedMaskBackward<T, Compensation::literal>>(ge + begin, gm + begin, e + begin, scale, s_max, n);
+      else
+        simd<CompensatedMaskBackward<T, Compensation::analytic>>(ge + begin, gm + begin, e + begin, scale, s_max, n);
+    });
+  });
+  return grad_embedding;
 }
 
 Tensor annealed_mask_backward_cpu(Tensor grad, Tensor embedding, double scale) {
@@ -77,6 +122,8 @@ Tensor annealed_mask_backward_cpu(Tensor grad, Tensor embedding, double scale) {
 STABLE_TORCH_LIBRARY_IMPL(FASTCL_NS, CPU, m) {
   m.impl("annealed_mask", TORCH_BOX(&annealed_mask_cpu));
   m.impl("annealed_mask_backward", TORCH_BOX(&annealed_mask_backward_cpu));
+  m.impl("compensated_mask", TORCH_BOX(&compensated_mask_cpu));
+  m.impl("compensated_mask_backward", TORCH_BOX(&compensated_mask_backward_cpu));
 }
 
 }  // namespace fastcl

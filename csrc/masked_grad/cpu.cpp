@@ -1,5 +1,6 @@
 #include "../common/cpu.h"
 
+#include "forms.h"
 #include "math.h"
 
 namespace fastcl {
@@ -47,6 +48,8 @@ void check_range(const Addresses& reserved, const VirtualArray& all) {
 }
 
 void masked_grad_(const Tensors& grads, const Tensors& reserved) {
+  for (const Tensor& r : reserved)
+    if (r.scalar_type() == ScalarType::Byte) return masked_grad_any(kOp, grads, reserved, {});
   check_lengths(reserved.size(), grads.size(), kOp, "reserved", "grads");
   bool any_float = false;
   for (size_t i = 0; i < grads.size(); ++i) {
@@ -56,7 +59,7 @@ void masked_grad_(const Tensors& grads, const Tensors& reserved) {
     const ScalarType mask = reserved[i].scalar_type();
     any_float |= mask != ScalarType::Bool;
     FASTCL_CHECK(mask == ScalarType::Bool || is_floating(mask), kOp, ": ", item("reserved", i),
-                 " must be bool, float32, float64, bfloat16 or float16");
+                 " must be bool, float32, float64, bfloat16 or float16 (or uint8: packed bits)");
   }
   check_distinct(grads, {&reserved}, kOp, "grads", {"reserved"});
 

@@ -1,6 +1,6 @@
 """The kernels, one package per hot path. Every function here is also an op, ``torch.ops.fastcl.<name>``."""
 
-from .annealed_mask import annealed_mask
+from .annealed_mask import annealed_mask, compensated_mask, mask_sparsity, masked_weight, masked_weight_kept
 from .importance import (
     accumulate_affine_,
     accumulate_conv_,
@@ -16,10 +16,14 @@ __all__ = [
     "accumulate_conv_",
     "accumulate_outer_",
     "annealed_mask",
+    "compensated_mask",
+    "mask_sparsity",
     "masked_adam_",
     "masked_grad_",
     "masked_grad_any_",
     "masked_sgd_",
+    "masked_weight",
+    "masked_weight_kept",
     "pack_mask",
     "quadratic_penalty",
     "quadratic_penalty_grad_",

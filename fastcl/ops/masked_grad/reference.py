@@ -13,13 +13,15 @@ OP = "masked_grad_"
 
 
 def masked_grad_(grads: list[Tensor], reserved: list[Tensor]) -> None:
+    if any(r.dtype == torch.uint8 for r in reserved):
+        return _masked_grad_any(OP, grads, reserved, [])
     _check.lengths(OP, "reserved", len(reserved), "grads", len(grads))
     for i, (g, r) in enumerate(zip(grads, reserved, strict=True)):
         _check.output(OP, f"grads[{i}]", g)
         _check.floating(OP, f"grads[{i}]", g)
         _check.like(OP, f"reserved[{i}]", r, f"grads[{i}]", g)
         if r.dtype != torch.bool and r.dtype not in _check.FLOATS:
-            raise ValueError(f"{OP}: reserved[{i}] must be bool, float32, float64, bfloat16 or float16")
+            raise ValueError(f"{OP}: reserved[{i}] must be bool, float32, float64, bfloat16 or float16 (or uint8: packed bits)")
     _check.distinct(OP, "grads", grads, reserved=reserved)
     for i, r in enumerate(reserved):
         _check.in_unit_interval(OP, f"reserved[{i}]", r)
@@ -32,7 +34,10 @@ def masked_grad_(grads: list[Tensor], reserved: list[Tensor]) -> None:
             g.copy_(torch.where(r == 1, torch.zeros((), dtype=wide, device=g.device), free))
 
 def masked_grad_any_(grads: list[Tensor], reserved: list[Tensor], columns: list[Tensor]) -> None:
-    op = "masked_grad_any_"
+    _masked_grad_any("masked_grad_any_", grads, reserved, columns)
+
+
+def _masked_grad_any(op: str, grads: list[Tensor], reserved: list[Tensor], columns: list[Tensor]) -> None:
     _check.lengths(op, "reserved", len(reserved), "grads", len(grads))
     for i, g in enumerate(grads):
         _check.output(op, f"grads[{i}]", g)

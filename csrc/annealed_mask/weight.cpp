@@ -1,0 +1,344 @@
+// W o sigmoid(s e), with an embedding for every weight or for every unit: one pass forward, one pass back.
+#include <cmath>
+#include <optional>
+#include <tuple>
+
+#include "../common/masks.h"
+#include "math.h"
+
+namespace fastcl {
+namespace {
+
+constexpr int kLanes = 16;  // partial sums; fixed, so that a sum does not depend on the vector width
+
+inline double sum_lanes(const double* lane) {
+  double total = 0;
+  for (int l = 0; l < kLanes; ++l) total += lane[l];
+  return total;
+}
+
+// out = w o m; with `kept`, the sum of m (1 - r) is returned (eq. 5's numerator).
+template <class T, bool kKept>
+struct MaskedWeight {
+  using A = arithmetic_t<T>;
+  static FASTCL_HD double run(T* FASTCL_RESTRICT out, const T* FASTCL_RESTRICT w, const T* FASTCL_RESTRICT e,
+                              MaskView reserved, double scale, int64_t begin, int64_t n) {
+    const A s = static_cast<A>(scale);
+    double lane[kLanes] = {};
+    if constexpr (!kKept) {
+      for (int64_t i = 0; i < n; ++i) store(out + i, load(w + i) * annealed_mask(load(e + i), s));
+    } else {
+      alignas(64) A free[kMaskBlock];
+      for (int64_t at = 0; at < n; at += kMaskBlock) {
+        const int64_t m = std::min(kMaskBlock, n - at);
+        if (at == 0 || reserved.kind != MaskKind::none) free_shares(free, reserved, begin + at, m);
+        int64_t i = 0;
+        const auto one = [&](int64_t i, int l) FASTCL_LAMBDA_HD {
+          const A mask = annealed_mask(load(e + at + i), s);
+          store(out + at + i, load(w + at + i) * mask);
+          lane[l] += mask * free[i];
+        };
+        for (; i + kLanes <= m; i += kLanes)
+          for (int l = 0; l < kLanes; ++l) one(i + l, l);
+        for (; i < m; ++i) one(i, static_cast<int>(i % kLanes));
+      }
+    }
+    return sum_lanes(lane);
+  }
+};
+
+// gw = g m (1 - r), ge = (g w + gk (1 - r)) dm/de.
+template <class T, Compensation kind>
+struct MaskedWeightBackward {
+  using A = arithmetic_t<T>;
+  static FASTCL_HD void run(T* FASTCL_RESTRICT gw, T* FASTCL_RESTRICT ge, const T* FASTCL_RESTRICT g,
+                            const T* FASTCL_RESTRICT w, const T* FASTCL_RESTRICT e, MaskView reserved, double scale,
+                            double s_max, double grad_kept, int64_t begin, int64_t n) {
+    const A s = static_cast<A>(scale), top = static_cast<A>(s_max), gk = static_cast<A>(grad_kept);
+    alignas(64) A free[kMaskBlock];
+    for (int64_t at = 0; at < n; at += kMaskBlock) {
+      const int64_t m = std::min(kMaskBlock, n - at);
+      if (at == 0 || reserved.kind != MaskKind::none) free_shares(free, reserved, begin + at, m);
+      for (int64_t i = 0; i < m; ++i) {
+        const A x = load(e + at + i), grad = load(g + at + i);
+        store(gw + at + i, shared(grad * annealed_mask(x, s), free[i]));
+        store(ge + at + i, (grad * load(w + at + i) + gk * free[i]) * mask_slope<kind>(x, s, top));
+      }
+    }
+  }
+  static FASTCL_HD A shared(A g, A free) { return free == A(0) ? A(0) : g * free; }
+};
+
+template <class T>
+struct Scale {
+  static FASTCL_HD void run(T* FASTCL_RESTRICT out, const T* FASTCL_RESTRICT w, double factor, int64_t n) {
+    const auto f = static_cast<arithmetic_t<T>>(factor);
+    for (int64_t i = 0; i < n; ++i) store(out + i, load(w + i) * f);
+  }
+};
+
+// gw = g f (1 - r); returns the sum of g w.
+template <class T>
+struct ScaleBackward {
+  using A = arithmetic_t<T>;
+  static FASTCL_HD double run(T* FASTCL_RESTRICT gw, const T* FASTCL_RESTRICT g, const T* FASTCL_RESTRICT w,
+                              double factor, int64_t n) {
+    const A f = static_cast<A>(factor);
+    double lane[kLanes] = {};
+    int64_t i = 0;
+    const auto one = [&](int64_t i, int l) FASTCL_LAMBDA_HD {
+      const A grad = load(g + i);
+      lane[l] += grad * load(w + i);
+      store(gw + i, grad * f);
+    };
+    for (; i + kLanes <= n; i += kLanes)
+      for (int l = 0; l < kLanes; ++l) one(i + l, l);
+    for (; i < n; ++i) one(i, static_cast<int>(i % kLanes));
+    return sum_lanes(lane);
+  }
+};
+
+template <class T, Compensation kind>
+struct Gates {  // masks and slopes of a few units, once each
+  using A = arithmetic_t<T>;
+  static FASTCL_HD void run(double* mask, double* slope, const T* e, double scale, double s_max, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+      const A x = load(e + i);
+      mask[i] = annealed_mask(x, static_cast<A>(scale));
+      slope[i] = mask_slope<kind>(x, static_cast<A>(scale), static_cast<A>(s_max));
+    }
+  }
+};
+
+template <class T>
+struct ShareGradient {
+  using A = arithmetic_t<T>;
+  static FASTCL_HD void run(T* FASTCL_RESTRICT g, MaskView mask, int64_t begin, int64_t n) {
+    alignas(64) A free[kMaskBlock];
+    for (int64_t at = 0; at < n; at += kMaskBlock) {
+      const int64_t m = std::min(kMaskBlock, n - at);
+      free_shares(free, mask, begin + at, m);
+      for (int64_t i = 0; i < m; ++i) {
+        const A value = load(g + at + i);
+        store(g + at + i, free[i] == A(0) ? A(0) : value * free[i]);
+      }
+    }
+  }
+};
+
+void check_scales(const char* op, double scale, double s_max, int64_t compensation) {
+  FASTCL_CHECK(std::isfinite(scale) && scale >= 0, op, ": scale is ", scale, " but must be finite and not negative");
+  FASTCL_CHECK(compensation >= 0 && compensation <= 2, op, ": compensation is ", compensation,
+               " but must be 0 (none), 1 (analytic) or 2 (literal)");
+  FASTCL_CHECK(compensation == 0 || (std::isfinite(s_max) && s_max > 0), op, ": s_max is ", s_max,
+               " but must be finite and positive for a compensated gradient");
+  FASTCL_CHECK(compensation != 2 || scale > 0, op, ": scale is 0 but must be positive for the literal compensation");
+}
+
+template <class F>
+auto dispatch_compensation(int64_t kind, const F& f) {
+  if (kind == 1) return f(std::integral_constant<Compensation, Compensation::analytic>{});
+  if (kind == 2) return f(std::integral_constant<Compensation, Compensation::literal>{});
+  return f(std::integral_constant<Compensation, Compensation::none>{});
+}
+
+// The weight as [before, units, after] around the one dimension along which the embedding varies.
+struct Units {
+  int64_t before = 1, units = 1, after = 1;
+};
+
+bool same_shape(const Tensor& a, const Tensor& b) {
+  const auto x = a.sizes(), y = b.sizes();
+  return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());
+}
+
+Units units_of(const Tensor& weight, const Tensor& embedding, const char* op) {
+  int64_t dim = -1;
+  bool good = embedding.dim() == weight.dim();
+  for (int64_t d = 0; good && d < weight.dim(); ++d)
+    if (embedding.size(d) != 1) {
+      good = dim < 0 && embedding.size(d) == weight.size(d);
+      dim = d;
+    }
+  FASTCL_CHECK(good, op, ": embedding must have the shape of weight, or be 1 in every dimension but one of it");
+  Units u;
+  if (dim < 0) dim = 0;
+  if (weight.dim() == 0) return u;
+  for (int64_t d = 0; d < weight.dim(); ++d) (d < dim ? u.before : d == dim ? u.units : u.after) *= weight.size(d);
+  if (embedding.numel() == 1 && u.units != 1) u = {1, 1, weight.numel()};
+  return u;
+}
+
+// f(first, last) over units, in pieces of about one chunk of weights.
+template <class F>
+void for_units(const Units& u, const F& f) {
+  const int64_t each = std::max<int64_t>(1, u.before * u.after);
+  const int64_t grain = std::max<int64_t>(1, VirtualArray::kChunk / each);
+  par_for(0, u.units, u.units * each <= 2 * VirtualArray::kChunk ? u.units : grain, f);
+}
+
+struct Problem {
+  Tensor weight, embedding;
+  bool per_unit;
+  Units units;
+
+  Problem(const Tensor& w, const Tensor& e, const char* op) : weight(w), embedding(e), per_unit(!same_shape(w, e)) {
+    FASTCL_CHECK(w.is_cpu() && e.is_cpu(), op, ": weight and embedding must be CPU tensors");
+    dispatch_float(w.scalar_type(), op, "weight", [](auto) {});
+    check_same_dtype(e, w, op, "embedding", "weight");
+    if (per_unit) {
+      units = units_of(w, e, op);
+      weight = torch::stable::contiguous(weight);
+      embedding = torch::stable::contiguous(embedding);
+    } else {
+      if (!is_dense(weight)) weight = torch::stable::contiguous(weight);
+      embedding = in_layout_of(embedding, weight);
+    }
+  }
+};
+
+// No reserved mask is the mask of shape [0], whose view says `none`.
+Mask mask_of(const std::optional<Tensor>& reserved, const Tensor& weight, const char* op) {
+  const Tensor none = reserved ? *reserved : torch::stable::new_empty(weight, {0}, ScalarType::Bool);
+  Mask mask(none, nullptr, weight, op, "reserved", "weight");
+  FASTCL_CHECK(mask.in_unit_interval(), op, ": reserved has values outside [0, 1] or NaN");
+  return mask;
+}
+
+VirtualArray elements_of(const Tensor& t) {
+  VirtualArray all;
+  all.add(t.numel());
+  return all;
+}
+
+Tensor masked_weight(Tensor w, Tensor e, double scale, std::optional<Tensor> reserved, double s_max,
+                     int64_t compensation) {
+  const char* op = "masked_weight";
+  check_scales(op, scale, s_max, compensation);
+  const Problem problem(w, e, op);
+  if (reserved) mask_of(reserved, problem.weight, op);  // used by backward, refused here
+  Tensor out = torch::stable::empty_like(problem.weight);
+  dispatch_float(w.scalar_type(), op, "weight", [&](auto type) {
+    using T = decltype(type);
+    T* to = static_cast<T*>(out.mutable_data_ptr());
+    const T* from = static_cast<const T*>(problem.weight.const_data_ptr());
+    const T* embedding = static_cast<const T*>(problem.embedding.const_data_ptr());
+    if (!problem.per_unit) {
+      elements_of(out).for_each([&](size_t, int64_t begin, int64_t end, int64_t) {
+        simd<MaskedWeight<T, false>>(to + begin, from + begin, embedding + begin, MaskView(), scale, begin,
+                                     end - begin);
+      });
+      return;
+    }
+    const Units& u = problem.units;
+    for_units(u, [&](int64_t first, int64_t last) {
+      std::vector<double> mask(last - first), slope(last - first);
+      simd<Gates<T, Compensation::none>>(mask.data(), slope.data(), embedding + first, scale, s_max, last - first);
+      for (int64_t a = 0; a < u.before; ++a)
+        for (int64_t i = first; i < last; ++i) {
+          const int64_t at = (a * u.units + i) * u.after;
+          simd<Scale<T>>(to + at, from + at, mask[i - first], u.after);
+        }
+    });
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> masked_weight_kept(Tensor w, Tensor e, double scale, std::optional<Tensor> reserved,
+                                              double s_max, int64_t compensation) {
+  const char* op = "masked_weight_kept";
+  check_scales(op, scale, s_max, compensation);
+  const Problem problem(w, e, op);
+  FASTCL_CHECK(!problem.per_unit, op, ": embedding must have the shape of weight");
+  const Mask mask = mask_of(reserved, problem.weight, op);
+  Tensor out = torch::stable::empty_like(problem.weight);
+  const bool wide = w.scalar_type() == ScalarType::Double;
+  Tensor kept = torch::stable::new_empty(out, {}, wide ? ScalarType::Double : ScalarType::Float);
+  const VirtualArray all = elements_of(out);
+  std::vector<double> sums(all.chunks(), 0);
+  dispatch_float(w.scalar_type(), op, "weight", [&](auto type) {
+    using T = decltype(type);
+    T* to = static_cast<T*>(out.mutable_data_ptr());
+    const T* from = static_cast<const T*>(problem.weight.const_data_ptr());
+    const T* embedding = static_cast<const T*>(problem.embedding.const_data_ptr());
+    all.for_each([&](size_t, int64_t begin, int64_t end, int64_t chunk) {
+      sums[chunk] += simd<MaskedWeight<T, true>>(to + begin, from + begin, embedding + begin, mask.view(), scale, begin,
+                                                 end - begin);
+    });
+  });
+  double total = 0;
+  for (double s : sums) total += s;
+  if (wide)
+    *static_cast<double*>(kept.mutable_data_ptr()) = total;
+  else
+    *static_cast<float*>(kept.mutable_data_ptr()) = static_cast<float>(total);
+  return {out, kept};
+}
+
+std::tuple<Tensor, Tensor> masked_weight_backward(Tensor grad, std::optional<Tensor> grad_kept, Tensor w, Tensor e,
+                                                  double scale, std::optional<Tensor> reserved, double s_max,
+                                                  int64_t compensation) {
+  const char* op = "masked_weight_backward";
+  check_scales(op, scale, s_max, compensation);
+  check_like(grad, w, op, "grad", "weight");
+  check_same_dtype(grad, w, op, "grad", "weight");
+  const Problem problem(w, e, op);
+  FASTCL_CHECK(!grad_kept || !problem.per_unit, op, ": embedding must have the shape of weight");
+  const Mask mask = mask_of(reserved, problem.weight, op);
+  double gk = 0;
+  if (grad_kept) {
+    FASTCL_CHECK(grad_kept->is_cpu() && grad_kept->numel() == 1, op, ": grad_kept must be one number on the CPU");
+    gk = dispatch_float(grad_kept->scalar_type(), op, "grad_kept", [&](auto type) {
+      using T = decltype(type);
+      return static_cast<double>(load(static_cast<const T*>(grad_kept->const_data_ptr())));
+    });
+  }
+  Tensor grad_w = torch::stable::empty_like(problem.weight), grad_e = torch::stable::empty_like(problem.embedding);
+  grad = in_layout_of(grad, grad_w);
+  dispatch_float(w.scalar_type(), op, "weight", [&](auto type) {
+    using T = decltype(type);
+    T* gw = static_cast<T*>(grad_w.mutable_data_ptr());
+    T* ge = static_cast<T*>(grad_e.mutable_data_ptr());
+    const T* g = static_cast<const T*>(grad.const_data_ptr());
+    const T* from = static_cast<const T*>(problem.weight.const_data_ptr());
+    const T* embedding = static_cast<const T*>(problem.embedding.const_data_ptr());
+    dispatch_compensation(compensation, [&](auto kind_constant) {
+      constexpr Compensation kind = decltype(kind_constant)::value;
+      if (!problem.per_unit) {
+        elements_of(grad_w).for_each([&](size_t, int64_t begin, int64_t end, int64_t) {
+          simd<MaskedWeightBackward<T, kind>>(gw + begin, ge + begin, g + begin, from + begin, embedding + begin,
+                                              mask.view(), scale, s_max, gk, begin, end - begin);
+        });
+        return;
+      }
+      const Units& u = problem.units;
+      for_units(u, [&](int64_t first, int64_t last) {
+        std::vector<double> gate(last - first), slope(last - first);
+        simd<Gates<T, kind>>(gate.data(), slope.data(), embedding + first, scale, s_max, last - first);
+        for (int64_t i = first; i < last; ++i) {
+          double dot = 0;
+          for (int64_t a = 0; a < u.before; ++a) {
+            const int64_t at = (a * u.units + i) * u.after;
+            dot += simd<ScaleBackward<T>>(gw + at, g + at, from + at, gate[i - first], u.after);
+          }
+          store(ge + i, static_cast<arithmetic_t<T>>(dot * slope[i - first]));
+        }
+      });
+      if (mask.view().kind != MaskKind::none)
+        elements_of(grad_w).for_each([&](size_t, int64_t begin, int64_t end, int64_t) {
+          simd<ShareGradient<T>>(gw + begin, mask.view(), begin, end - begin);
+        });
+    });
+  });
+  return {grad_w, grad_e};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(FASTCL_NS, CPU, m) {
+  m.impl("masked_weight", TORCH_BOX(&masked_weight));
+  m.impl("masked_weight_kept", TORCH_BOX(&masked_weight_kept));
+  m.impl("masked_weight_backward", TORCH_BOX(&masked_weight_backward));
+}
+
+}  // namespace fastcl
