@@ -60,7 +60,72 @@ def _affine(s: Any, d: torch.dtype, layout: Callable[[Tensor], Tensor]) -> tuple
     return [positive((6,), _sums(d))], [positive((6,), _sums(d))], grad, [x, shift, scale], 2
 
 
+def _reserved(s: Any, d: torch.dtype) -> list[Tensor]:
+    """A mask of each stored form, of contiguous tensors of shape s."""
+    n = torch.Size(s).numel()
+    bits = torch.randint(0, 256, ((n + 7) // 8,), dtype=torch.uint8)
+    return [torch.rand(s) > 0.5, bits, torch.rand(s, dtype=torch.float64).to(d).round(decimals=1).clamp(0, 1)]
+
+
+def _vectors(s: Any, d: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The reserved mask and its columns: two vectors where the shape has two dimensions, else nothing reserved."""
+    if len(s) < 2:
+        return torch.zeros(0, dtype=torch.bool), torch.zeros(0)
+    return torch.rand(s[0], dtype=torch.float64).to(d), torch.rand(s[1], dtype=torch.float64).to(d)
+
+
+def _step(states: int, extra: Callable[[], list[Any]], options: tuple[Any, ...]) -> Callable[..., tuple[Any, ...]]:
+    def make(s: Any, d: torch.dtype, layout: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
+        outer, columns = _vectors(s, d)
+        params = [values(s, d, layout), *(values(s, d) for _ in range(3))]
+        lists = [[positive(s, d, layout), *(positive(s, d) for _ in range(3))] for _ in range(states)]
+        grads = [values(s, d), values(s, d, layout), values(s, d), values(s, d)]
+        none = torch.zeros(0)
+        reserved = [outer, *_reserved(s, d)]
+        return (params, *lists, *extra(), grads, reserved, [columns, none, none, none], *options)
+
+    return make
+
+
 OPS: dict[str, Sample] = {
+    "masked_grad_any_": Sample(
+        lambda s, d, layout: (
+            [values(s, d, layout), *(values(s, d) for _ in range(3))],
+            [_vectors(s, d)[0], *_reserved(s, d)],
+            [_vectors(s, d)[1], *[torch.zeros(0)] * 3],
+        ),
+        mutates=1,
+    ),
+    "pack_mask": Sample(lambda s, d, layout: (layout(torch.rand(s) > 0.5),)),
+    "unpack_mask": Sample(lambda s, d, layout: (_reserved(s, d)[1], values(s, d, layout))),
+    "masked_sgd_": Sample(_step(1, list, (0.1, 0.9, 0.2, 0.1, False, True, False, True)), mutates=2),
+    "masked_adam_": Sample(
+        _step(3, lambda: [[torch.full((), 3.0) for _ in range(4)]], (0.1, 0.8, 0.9, 1e-3, 0.1, True, False, True)),
+        mutates=5,
+    ),
+    "compensated_mask": Sample(lambda s, d, layout: (values(s, d, layout), 3.0, 7.0, False), differentiable=True),
+    "compensated_mask_backward": Sample(
+        lambda s, d, layout: (values(s, d), values(s, d, layout), 3.0, 7.0, False),
+    ),
+    "masked_weight": Sample(
+        lambda s, d, layout: (values(s, d, layout), values(s, d), 3.0, torch.rand(s) > 0.5, 7.0, 1), differentiable=True
+    ),
+    "masked_weight_kept": Sample(
+        lambda s, d, layout: (values(s, d), values(s, d, layout), 3.0, torch.rand(s) > 0.5, 0.0, 0), differentiable=True
+    ),
+    "masked_weight_backward": Sample(
+        lambda s, d, layout: (
+            values(s, d), values((), _sums(d)), values(s, d, layout), values(s, d, layout), 3.0, None, 0.0, 0,
+        ),
+        differentiable=True,
+    ),  # fmt: skip
+    "mask_sparsity": Sample(
+        lambda s, d, layout: ([positive(s, d, layout), positive(s, d)], [torch.rand(s) > 0.5, positive(s, d) / 2]),
+        differentiable=True,
+    ),
+    "mask_sparsity_backward": Sample(
+        lambda s, d, layout: (values((), _sums(d)), [positive(s, d, layout)], [torch.rand(s) > 0.5])
+    ),
     "masked_grad_": Sample(
         lambda s, d, layout: (
             [values(s, d, layout), values(s, d), values(s, d, layout)],

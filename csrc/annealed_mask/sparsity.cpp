@@ -61,8 +61,8 @@ struct Problem {
       dispatch_float(given[i].scalar_type(), op, item("masks", i), [](auto) {});
       wide |= given[i].scalar_type() == ScalarType::Double;
       masks.push_back(is_dense(given[i]) ? given[i] : torch::stable::contiguous(given[i]));
-      const Tensor r = given_reserved.empty() ? torch::stable::new_empty(given[i], {0}, ScalarType::Bool)
-                                              : given_reserved[i];
+      const Tensor r =
+          given_reserved.empty() ? torch::stable::new_empty(given[i], {0}, ScalarType::Bool) : given_reserved[i];
       reserved.emplace_back(r, nullptr, masks[i], op, item("reserved", i), item("masks", i));
       FASTCL_CHECK(reserved[i].in_unit_interval(), op, ": ", item("reserved", i), " has values outside [0, 1] or NaN");
       all.add(masks[i].numel());

@@ -48,8 +48,8 @@ Mask::Mask(const Tensor& reserved, const Tensor* columns, const Tensor& weight, 
   const ScalarType dtype = reserved.scalar_type();
   if (dtype == ScalarType::Bool && reserved.dim() == 1 && reserved.numel() == 0) return;
   if (dtype == ScalarType::Byte) {
-    FASTCL_CHECK(reserved.dim() == 1 && reserved.numel() == (numel_ + 7) / 8, op, ": ", name, " has ",
-                 reserved.numel(), " bytes in ", reserved.dim(), " dimensions but packed bits for ", weight_name,
+    FASTCL_CHECK(reserved.dim() == 1 && reserved.numel() == (numel_ + 7) / 8, op, ": ", name, " has ", reserved.numel(),
+                 " bytes in ", reserved.dim(), " dimensions but packed bits for ", weight_name,
                  " must be one dimension of ", (numel_ + 7) / 8);
     data_ = torch::stable::contiguous(reserved);
     view_.kind = MaskKind::packed;
@@ -80,20 +80,26 @@ void Mask::take_vectors(const Tensor& rows, const Tensor& columns, const Tensor&
   int64_t outer = -1;
   for (int64_t d = 1; d >= 0; --d)
     if (weight.size(d) == 1 ? d == 0 && outer < 0 : weight.stride(d) * weight.size(d) == numel) outer = d;
-  FASTCL_CHECK(outer >= 0, op, ": ", weight_name,
-               " must have dimension 0 or 1 outermost in memory for a mask of two vectors");
-  const int64_t other = 1 - outer;
   view_.kind = MaskKind::vectors;
-  view_.row = numel / weight.size(outer);
-  data_ = as_vector(outer == 0 ? rows : columns, wide_);
-  const Tensor values = as_vector(outer == 0 ? columns : rows, wide_);
-  inner_ = torch::stable::new_empty(values, {view_.row});
-  const int64_t stride = weight.size(other) == 1 ? numel : weight.stride(other), size = weight.size(other);
-  dispatch_float(values.scalar_type(), op, name, [&](auto type) {
+  const Tensor row_values = as_vector(rows, wide_), column_values = as_vector(columns, wide_);
+  // Where neither dimension is outermost in memory (no layout that torch's modules make), one row is the whole weight.
+  view_.row = outer < 0 ? numel : numel / weight.size(outer);
+  inner_ = torch::stable::new_empty(row_values, {view_.row});
+  data_ = outer == 0   ? row_values
+          : outer == 1 ? column_values
+                       : torch::stable::fill_(torch::stable::new_empty(rows, {1}, row_values.scalar_type()), 1.0);
+  const auto place = [&](int64_t dim, int64_t k) {
+    return weight.size(dim) == 1 ? 0 : k / weight.stride(dim) % weight.size(dim);
+  };
+  dispatch_float(row_values.scalar_type(), op, name, [&](auto type) {
     using A = decltype(type);
-    const A* from = static_cast<const A*>(values.const_data_ptr());
+    const A* r = static_cast<const A*>(row_values.const_data_ptr());
+    const A* c = static_cast<const A*>(column_values.const_data_ptr());
     A* to = static_cast<A*>(inner_.mutable_data_ptr());
-    for (int64_t k = 0; k < view_.row; ++k) to[k] = from[k / stride % size];
+    for (int64_t k = 0; k < view_.row; ++k) {
+      const A of_row = outer == 0 ? A(1) : r[place(0, k)], of_column = outer == 1 ? A(1) : c[place(1, k)];
+      to[k] = of_row < of_column ? of_row : of_column;
+    }
   });
   view_.data = data_.const_data_ptr();
   view_.inner = inner_.const_data_ptr();

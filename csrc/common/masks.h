@@ -92,7 +92,8 @@ class Mask {
   // `reserved`: bool or floating point of the weight's shape; uint8 of one bit a weight in its memory order (`weight`
   // must then be the caller's own, before any copy, if that order is to hold); bool of shape [0] for no mask; or, where
   // `columns` is not empty, one value for each index of dimension 0, and `columns` one for each index of dimension 1.
-  Mask(const Tensor& reserved, const Tensor* columns, const Tensor& weight, const char* op, Name name, Name weight_name);
+  Mask(const Tensor& reserved, const Tensor* columns, const Tensor& weight, const char* op, Name name,
+       Name weight_name);
   const MaskView& view() const { return view_; }
   bool in_unit_interval() const;  // false for NaN; reads float masks once
 

@@ -1,4 +1,5 @@
-// Weights that are partly or wholly reserved for earlier tasks: their gradient g (1 - r), and the steps of the free ones.
+// Weights that are partly or wholly reserved for earlier tasks: their gradient g (1 - r), and the steps of the free
+// ones.
 #pragma once
 #include "../common/math.h"
 

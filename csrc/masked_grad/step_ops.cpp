@@ -52,11 +52,14 @@ class Step {
         if (!states[s].second.empty()) e.state[s] = work(states[s].second[i], param).mutable_data_ptr();
       e.numel = param.numel();
       const ScalarType dtype = param.scalar_type();
-      e.dtype = dtype == ScalarType::Float ? 0 : dtype == ScalarType::Double ? 1 : dtype == ScalarType::BFloat16 ? 2 : 3;
+      e.dtype = dtype == ScalarType::Float      ? 0
+                : dtype == ScalarType::Double   ? 1
+                : dtype == ScalarType::BFloat16 ? 2
+                                                : 3;
       if (reserved.empty()) continue;
       const Name name = item("reserved", i);
-      const Mask& mask = masks_.emplace_back(reserved[i], columns.empty() ? nullptr : &columns[i], param, op, name,
-                                             item("params", i));
+      const Mask& mask =
+          masks_.emplace_back(reserved[i], columns.empty() ? nullptr : &columns[i], param, op, name, item("params", i));
       FASTCL_CHECK(!check || mask.in_unit_interval(), op, ": ", name, " has values outside [0, 1] or NaN");
       e.kind = static_cast<int64_t>(mask.view().kind);
       e.mask = mask.view().data;
@@ -69,9 +72,9 @@ class Step {
     check_lengths(steps.size(), entries_.size(), op_, "steps", "params");
     for (size_t i = 0; i < steps.size(); ++i) {
       const ScalarType dtype = steps[i].scalar_type();
-      FASTCL_CHECK(steps[i].is_cpu() && steps[i].numel() == 1 &&
-                       (dtype == ScalarType::Float || dtype == ScalarType::Double),
-                   op_, ": ", item("steps", i), " must be one float32 or float64 number on the CPU");
+      FASTCL_CHECK(
+          steps[i].is_cpu() && steps[i].numel() == 1 && (dtype == ScalarType::Float || dtype == ScalarType::Double),
+          op_, ": ", item("steps", i), " must be one float32 or float64 number on the CPU");
       entries_[i].step = steps[i].mutable_data_ptr();
       entries_[i].wide_step = dtype == ScalarType::Double;
     }
@@ -129,9 +132,8 @@ void masked_adam_(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors
   check_number(op, "weight_decay", weight_decay);
   check_lengths(exp_avgs.size(), params.size(), op, "exp_avgs", "params");
   check_lengths(exp_avg_sqs.size(), params.size(), op, "exp_avg_sqs", "params");
-  Step step(op, params,
-            {{"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}, {"max_exp_avg_sqs", max_exp_avg_sqs}}, grads,
-            reserved, columns, check);
+  Step step(op, params, {{"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}, {"max_exp_avg_sqs", max_exp_avg_sqs}},
+            grads, reserved, columns, check);
   step.set_steps(steps);
   const AdamOptions options{lr, beta1, beta2, eps, weight_decay, decoupled, maximize};
   masked_adam_entries(step.entries().data(), static_cast<int64_t>(step.entries().size()), &options);

@@ -85,7 +85,7 @@ void sgd_piece(const StepEntry& e, const SgdOptions& o, int64_t begin, int64_t n
   dispatch_entry(e, [&](auto type) {
     using T = decltype(type);
     using A = arithmetic_t<T>;
-    const Sgd<A> sgd{A(o.lr), A(o.momentum), A(1 - o.dampening), A(o.weight_decay), A(o.maximize ? -1 : 1),
+    const Sgd<A> sgd{A(o.lr),         A(o.momentum), A(1 - o.dampening), A(o.weight_decay), A(o.maximize ? -1 : 1),
                      o.nesterov != 0, e.first != 0};
     T* p = static_cast<T*>(e.param) + begin;
     const T* g = static_cast<const T*>(e.grad) + begin;
@@ -106,8 +106,8 @@ std::vector<Corrections> corrections_of(const StepEntry* entries, int64_t n, con
   std::vector<Corrections> all(n);
   double known = -1;
   for (int64_t i = 0; i < n; ++i) {
-    const double step = entries[i].wide_step ? *static_cast<double*>(entries[i].step) += 1
-                                             : *static_cast<float*>(entries[i].step) += 1;
+    const double step =
+        entries[i].wide_step ? *static_cast<double*>(entries[i].step) += 1 : *static_cast<float*>(entries[i].step) += 1;
     if (i > 0 && step == known) {
       all[i] = all[i - 1];
       continue;
@@ -148,8 +148,9 @@ void adam_piece(const StepEntry& e, const AdamOptions& o, const Corrections& c, 
 
 void masked_sgd_entries(const fastcl::StepEntry* entries, int64_t n, const fastcl::SgdOptions* options) {
   using namespace fastcl;
-  elements_of(entries, n).for_each(
-      [&](size_t t, int64_t begin, int64_t end, int64_t) { sgd_piece(entries[t], *options, begin, end - begin); });
+  elements_of(entries, n).for_each([&](size_t t, int64_t begin, int64_t end, int64_t) {
+    sgd_piece(entries[t], *options, begin, end - begin);
+  });
 }
 
 void masked_adam_entries(const fastcl::StepEntry* entries, int64_t n, const fastcl::AdamOptions* options) {

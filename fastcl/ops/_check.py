@@ -101,10 +101,6 @@ def mask(op: str, name: str, t: Tensor, columns: Tensor | None, like_name: str, 
                 f"{op}: {name} and its columns have {t.numel()} and {columns.numel()} values but must be vectors with "
                 f"one for each index of dimensions 0 and 1 of {like_name}"
             )
-        if not any(_outermost(other, d) for d in (0, 1)):
-            raise ValueError(
-                f"{op}: {like_name} must have dimension 0 or 1 outermost in memory for a mask of two vectors"
-            )
         if values:
             in_unit_interval(op, name, t)
             in_unit_interval(op, name, columns)
@@ -123,10 +119,6 @@ def mask(op: str, name: str, t: Tensor, columns: Tensor | None, like_name: str, 
     like(op, name, t, like_name, other)
     if values:
         in_unit_interval(op, name, t)
-
-
-def _outermost(t: Tensor, dim: int) -> bool:
-    return t.shape[dim] == 1 or dense(t).stride(dim) * t.shape[dim] == t.numel()
 
 
 def dense(t: Tensor) -> Tensor:
@@ -166,11 +158,13 @@ def free_share(t: Tensor, columns: Tensor | None, weight: Tensor) -> Tensor | No
     dimension 0, and in `columns` of dimension 1: r = min(t[i], columns[j]). Bool of shape [0]: no mask.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
+    if weight.numel() == 0:
+        return None
     if columns is not None and columns.numel():
         shape = [weight.shape[0], weight.shape[1], *[1] * (weight.dim() - 2)]
         r = torch.minimum(t.to(wide).unsqueeze(1), columns.to(wide).unsqueeze(0)).reshape(shape)
         return (1 - r).expand(weight.shape)
-    if t.dtype == torch.bool and t.shape == (0,) and weight.numel():
+    if t.dtype == torch.bool and t.shape == (0,):
         return None
     if t.dtype == torch.uint8:
         return (~unpack(t, weight)).to(wide)

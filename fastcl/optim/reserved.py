@@ -85,8 +85,7 @@ class Mask:
     def share(self, param: Tensor) -> Tensor:
         """1 - r, of the parameter's shape."""
         share = _check.free_share(self.rows, self.columns, param)
-        assert share is not None, "a mask of shape [0] was refused"
-        return share
+        return torch.ones_like(param) if share is None else share  # None: an empty parameter
 
     def frozen(self, param: Tensor) -> Tensor:
         """Bool, of the parameter's shape: where it is reserved wholly."""
@@ -96,7 +95,13 @@ class Mask:
         """(mask, inner, row) of a plan's entry: see `MaskView` in csrc/common/masks.h."""
         if not self.columns.numel() or not param.numel():
             return self.rows, None, 0
-        outer = 0 if param.shape[0] == 1 or param.stride(0) * param.shape[0] == param.numel() else 1
+        if param.shape[0] == 1 or param.stride(0) * param.shape[0] == param.numel():
+            outer = 0
+        elif param.stride(1) * param.shape[1] == param.numel():
+            outer = 1
+        else:  # one row is the whole weight: csrc/common/masks.cpp
+            whole = torch.minimum(self.rows.unsqueeze(1), self.columns).reshape(*param.shape[:2], *[1] * (param.dim() - 2))
+            return self.rows.new_ones(1), torch.empty_like(param, dtype=whole.dtype).copy_(whole), param.numel()
         values = (self.columns, self.rows)[outer]
         row, size = param.numel() // param.shape[outer], param.shape[1 - outer]
         stride = param.stride(1 - outer) if size > 1 else param.numel()
