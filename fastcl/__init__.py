@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import ops, optim
+from . import nn, ops, optim
 from ._info import build_info
 from .importance import EWC, FallbackWarning, fisher_diagonal
 from .optim import protect
@@ -12,4 +12,4 @@ try:
 except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+unknown"
 
-__all__ = ["EWC", "FallbackWarning", "__version__", "build_info", "fisher_diagonal", "ops", "optim", "protect"]
+__all__ = ["EWC", "FallbackWarning", "__version__", "build_info", "fisher_diagonal", "nn", "ops", "optim", "protect"]

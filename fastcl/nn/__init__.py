@@ -1,5 +1,42 @@
 """Networks and layers: whatever holds parameters."""
 
+from .convert import capacity, plot_capacity, reserved_masks, to_masked, to_plain
+from .masked import (
+    MaskedConv1d,
+    MaskedConv2d,
+    MaskedConv3d,
+    MaskedConvTranspose2d,
+    MaskedLayer,
+    MaskedLinear,
+    begin_task,
+    end_task,
+    masked_layers,
+    set_scale,
+    sparsity,
+    use_task,
+)
 from .mlp import mlp
+from .schedules import dgm_scale, hat_scale
 
-__all__ = ["mlp"]
+__all__ = [
+    "MaskedConv1d",
+    "MaskedConv2d",
+    "MaskedConv3d",
+    "MaskedConvTranspose2d",
+    "MaskedLayer",
+    "MaskedLinear",
+    "begin_task",
+    "capacity",
+    "dgm_scale",
+    "end_task",
+    "hat_scale",
+    "masked_layers",
+    "mlp",
+    "plot_capacity",
+    "reserved_masks",
+    "set_scale",
+    "sparsity",
+    "to_masked",
+    "to_plain",
+    "use_task",
+]

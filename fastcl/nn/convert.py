@@ -1,0 +1,204 @@
+"""From plain modules to masked ones and back, masks for an optimizer, and what the tasks use."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from .masked import MASKED, MaskedLayer, masked_layers
+
+Reserved = dict[Tensor, Any]
+
+
+def to_masked(module: nn.Module, *, skip: Collection[str] = (), **options: Any) -> nn.Module:
+    """A plain layer, or every Linear, Conv1d-3d and ConvTranspose2d of a model, as a masked layer on the same parameters.
+
+    Args:
+        module: changed in place where it has children; a bare layer comes back as a new object.
+        skip: names of layers to leave as they are (heads).
+        options: ``mask``, ``activation``, ``s_max``, ``binary``, ``compensate`` of :class:`MaskedLayer`.
+
+    Raises:
+        ValueError: a bare module of another kind; a name in `skip` that does not exist.
+
+    Example:
+        >>> model = fastcl.nn.to_masked(fastcl.nn.mlp((784,), (400,), 10), mask="weight", skip=["3"])
+    """
+    if type(module) in MASKED:
+        return _masked_like(module, options)
+    names = {name for name, _ in module.named_modules()}
+    if set(skip) - names:
+        raise ValueError(f"skip has {sorted(set(skip) - names)} but the model has no such layers")
+    if not any(type(m) in MASKED for m in module.modules()):
+        raise ValueError(f"to_masked: {type(module).__name__} has no layer that can be masked")
+    for name, parent in list(module.named_modules()):
+        for child_name, child in list(parent.named_children()):
+            full = f"{name}.{child_name}" if name else child_name
+            if type(child) in MASKED and full not in skip:
+                setattr(parent, child_name, _masked_like(child, options))
+    return module
+
+
+def to_plain(module: nn.Module, task: int | None = None) -> nn.Module:
+    """A masked layer, or every one of a model, as torch's own with the mask of `task` multiplied into copies of the weights.
+
+    For unit masks the rows (and biases) of the layer are scaled, which is exact without an activation or with ReLU.
+    `task` None: the mask as it would be recorded now.
+
+    Raises:
+        ValueError: no such task; a unit mask after another activation than ReLU.
+    """
+    if isinstance(module, MaskedLayer):
+        return _plain_like(module, task)
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, MaskedLayer):
+                setattr(parent, name, _plain_like(child, task))
+    return module
+
+
+def _arguments(layer: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    common = {"bias": layer.bias is not None, "device": "meta", "dtype": layer.weight.dtype}
+    if isinstance(layer, nn.Linear):
+        return (layer.in_features, layer.out_features), common
+    names = ("stride", "padding", "dilation", "groups", "padding_mode")
+    options = {name: getattr(layer, name) for name in names}
+    if isinstance(layer, nn.ConvTranspose2d):
+        options["output_padding"] = layer.output_padding
+    return (layer.in_channels, layer.out_channels, layer.kernel_size), {**options, **common}
+
+
+def _masked_like(layer: nn.Module, options: dict[str, Any]) -> nn.Module:
+    args, kwargs = _arguments(layer)
+    kwargs["device"] = layer.weight.device
+    made = MASKED[type(layer)](*args, **kwargs, **options)
+    made.weight, made.bias = layer.weight, layer.bias
+    return made.train(layer.training)
+
+
+def _plain_like(layer: Any, task: int | None) -> nn.Module:
+    kind = next(plain for plain, masked in MASKED.items() if type(layer) is masked)
+    relu = (torch.relu, nn.functional.relu)
+    if layer.mask == "unit" and layer.activation not in (None, *relu) and not isinstance(layer.activation, nn.ReLU):
+        raise ValueError("to_plain: a unit mask after this activation is no scaling of the weights")
+    args, kwargs = _arguments(layer)
+    plain = kind(*args, **{**kwargs, "device": layer.weight.device}).train(layer.training)
+    with torch.no_grad():
+        if layer.mask == "weight":
+            on = layer.unpacked(task) if task is not None else layer.embedding >= 0
+            plain.weight.copy_(torch.where(on, layer.weight, 0))
+            if layer.bias is not None:
+                plain.bias.copy_(layer.bias)
+        else:
+            gate = (layer.unpacked(task) if task is not None else layer._now()).to(layer.weight.dtype)
+            dim = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
+            shape = [1] * layer.weight.dim()
+            shape[dim] = -1
+            plain.weight.copy_(layer.weight * gate.view(shape))
+            if layer.bias is not None:
+                plain.bias.copy_(layer.bias * gate)
+    if layer.activation is None:
+        return plain
+    return nn.Sequential(plain, nn.ReLU())
+
+
+def reserved_masks(model: nn.Module) -> Reserved:
+    """Masks of everything that the recorded tasks use, for ``MaskedAdam(..., reserved=...)`` or ``protect``.
+
+    Weight masks: the union of the tasks' bits; a bias, which all tasks share, wholly. Unit masks (HAT, eq. 2):
+    min(post[i], pre[j]) as a pair of vectors, pre being the masked layer before (all ones before the first); biases post.
+    The unit-masked layers must follow each other as in ``model.modules()``; after a Flatten, each unit stands for its
+    positions. Empty before the first recorded task.
+
+    Raises:
+        ValueError: unit masks whose sizes do not follow from one layer to the next.
+    """
+    found: Reserved = {}
+    before: Tensor | None = None
+    for name, layer in masked_layers(model):
+        if not layer.tasks:
+            continue
+        if layer.mask == "weight":
+            like = torch.empty(layer.weight.shape, dtype=torch.bool, device=layer.weight.device)
+            used = ops.unpack_mask(layer.reserved(), like)
+            found[layer.weight] = ops.pack_mask(torch.empty_like(layer.weight, dtype=torch.bool).copy_(used))
+            if layer.bias is not None:
+                found[layer.bias] = torch.ones_like(layer.bias, dtype=torch.bool)
+            continue
+        transposed = isinstance(layer, nn.ConvTranspose2d)
+        groups = getattr(layer, "groups", 1)
+        if groups != 1:
+            raise ValueError(f"{name} has {groups} groups: unit masks of grouped convolutions do not form two vectors")
+        post = layer.reserved()
+        n_in = layer.weight.shape[0 if transposed else 1]
+        pre = before
+        if pre is not None and len(pre) != n_in:
+            if n_in % len(pre):
+                raise ValueError(f"{name} has {n_in} inputs, which do not follow from the {len(pre)} units before it")
+            pre = pre.repeat_interleave(n_in // len(pre))
+        found[layer.weight] = (pre, post) if transposed else (post, pre)
+        if layer.bias is not None:
+            found[layer.bias] = post
+        before = post
+    return found
+
+
+def capacity(model: nn.Module) -> dict[str, Any]:
+    """What the recorded tasks use.
+
+    Returns:
+        ``layers``: for every masked layer its ``mask``, ``total`` weights or units, ``reserved`` share, and ``used``, the
+        share of each task; ``reserved``, the share over all layers; ``used`` [T], likewise; ``overlap`` [T][T]: the
+        entries that tasks i and j share, as a part of what task i uses. Soft unit masks count as used from 0.5 on.
+    """
+    layers: dict[str, Any] = {}
+    per_task: list[list[Tensor]] = []
+    for name, layer in masked_layers(model):
+        masks = [layer.unpacked(t).reshape(-1) >= 0.5 if layer.mask == "unit" else layer.unpacked(t).reshape(-1)
+                 for t in range(layer.tasks)]  # fmt: skip
+        total = layer.weight.numel() if layer.mask == "weight" else layer.units
+        union = torch.stack(masks).any(0) if masks else torch.zeros(total, dtype=torch.bool)
+        layers[name] = {
+            "mask": layer.mask,
+            "total": total,
+            "reserved": float(union.float().mean()),
+            "used": [float(m.float().mean()) for m in masks],
+        }
+        per_task.append([*masks, union])
+    n = {len(masks) for masks in per_task}
+    if len(n) > 1:
+        raise ValueError("capacity: the layers have recorded different numbers of tasks")
+    whole = [torch.cat(parts) for parts in zip(*per_task, strict=True)]
+    tasks, union = whole[:-1], whole[-1] if whole else torch.zeros(0)
+    return {
+        "layers": layers,
+        "reserved": float(union.float().mean()) if len(union) else 0.0,
+        "used": [float(m.float().mean()) for m in tasks],
+        "overlap": [[float((a & b).sum() / a.sum()) if a.any() else 0.0 for b in tasks] for a in tasks],
+    }
+
+
+def plot_capacity(model: nn.Module, path: str | Path) -> None:
+    """Writes a picture: for every layer and task the share used, and the share reserved so far. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    report = capacity(model)
+    tasks = range(1, len(report["used"]) + 1)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    for name, layer in report["layers"].items():
+        left.plot(tasks, layer["used"], marker="o", label=name)
+    left.set(xlabel="task", ylabel="share of the mask that is on", ylim=(0, 1), title="used by each task")
+    left.legend(fontsize="small")
+    image = right.imshow(report["overlap"] or [[0.0]], vmin=0, vmax=1, cmap="viridis")
+    right.set(xlabel="task j", ylabel="task i", title=f"shared with j of what i uses; {report['reserved']:.0%} reserved")
+    figure.colorbar(image, ax=right)
+    figure.savefig(path)
+    plt.close(figure)
