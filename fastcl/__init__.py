@@ -4,11 +4,22 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import ops
 from ._info import build_info
-from .importance import EWC, FallbackWarning, fisher_diagonal
+from .importance import EWC, MAS, SI, FallbackWarning, RWalk, fisher_diagonal, mas_importance
 
 try:
     __version__ = version("fastcl")
 except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+unknown"
 
-__all__ = ["EWC", "FallbackWarning", "__version__", "build_info", "fisher_diagonal", "ops"]
+__all__ = [
+    "EWC",
+    "MAS",
+    "SI",
+    "FallbackWarning",
+    "RWalk",
+    "__version__",
+    "build_info",
+    "fisher_diagonal",
+    "mas_importance",
+    "ops",
+]

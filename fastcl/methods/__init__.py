@@ -3,8 +3,11 @@
 from .ewc import EWC
 from .finetune import Finetune
 from .joint import Joint
-from .method import Method
+from .mas import MAS
+from .method import Method, Regularised
+from .rwalk import RWalk
+from .si import SI
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Finetune, Joint, EWC)}
+METHODS: dict[str, type[Method]] = {m.name: m for m in (Finetune, Joint, EWC, MAS, SI, RWalk)}
 
-__all__ = ["EWC", "METHODS", "Finetune", "Joint", "Method"]
+__all__ = ["EWC", "MAS", "METHODS", "SI", "Finetune", "Joint", "Method", "RWalk", "Regularised"]
