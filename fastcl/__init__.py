@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import nn, ops, optim
 from ._info import build_info
-from .importance import EWC, FallbackWarning, fisher_diagonal
+from .importance import EWC, MAS, SI, FallbackWarning, RWalk, fisher_diagonal, mas_importance
 from .optim import protect
 
 try:
@@ -12,4 +12,18 @@ try:
 except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+unknown"
 
-__all__ = ["EWC", "FallbackWarning", "__version__", "build_info", "fisher_diagonal", "nn", "ops", "optim", "protect"]
+__all__ = [
+    "EWC",
+    "MAS",
+    "SI",
+    "FallbackWarning",
+    "RWalk",
+    "__version__",
+    "build_info",
+    "fisher_diagonal",
+    "mas_importance",
+    "nn",
+    "ops",
+    "optim",
+    "protect",
+]

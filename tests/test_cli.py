@@ -40,7 +40,7 @@ def test_methods_and_info() -> None:
 
 
 BAD = {
-    "unknown method": (["run", "sgd"], "method is 'sgd' but must be one of finetune, joint, ewc"),
+    "unknown method": (["run", "sgd"], "method is 'sgd' but must be one of finetune, joint, ewc, mas, si, rwalk"),
     "unknown data": (["run", "ewc", "--data", "svhn"], "data is 'svhn'"),
     "unknown scenario": (["run", "ewc", "--scenario", "shuffled"], "scenario is 'shuffled'"),
     "unknown setting": (["run", "ewc", "--setting", "both"], "setting is 'both'"),

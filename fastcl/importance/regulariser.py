@@ -104,6 +104,23 @@ class Regulariser:
         names = [name for name in self._params() if name in self.importances]
         return params, [self.anchors[n] for n in names], [self.importances[n] for n in names]
 
+    @torch.no_grad()
+    def _accumulate(self, new: dict[str, Tensor], old_share: float = 1.0, new_share: float = 1.0) -> None:
+        """Importances <- old_share * old + new_share * new (new alone after the first task), anchored here."""
+        params = self._params()
+        if set(new) != set(params):
+            raise ValueError(f"importances are for {sorted(new)[:3]} ... but the model has {sorted(params)[:3]} ...")
+        for name, f in new.items():
+            self._check(name, f)
+        self._aligned()  # old importances take the shape of grown parameters
+        merged = {
+            name: old_share * self.importances[name].to(f.dtype) + new_share * f
+            if name in self.importances
+            else f.clone()
+            for name, f in new.items()
+        }
+        self._set(merged, {name: p.detach().clone() for name, p in params.items()})
+
     def _set(self, importances: dict[str, Tensor], anchors: dict[str, Tensor]) -> None:
         """Takes checked importances and anchors over; the last step of a consolidation."""
         for name, f in importances.items():

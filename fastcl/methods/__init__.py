@@ -4,8 +4,11 @@ from .ewc import EWC
 from .finetune import Finetune
 from .hat import HAT
 from .joint import Joint
-from .method import Method
+from .mas import MAS
+from .method import Method, Regularised
+from .rwalk import RWalk
+from .si import SI
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Finetune, Joint, EWC, HAT)}
+METHODS: dict[str, type[Method]] = {m.name: m for m in (Finetune, Joint, EWC, MAS, SI, RWalk, HAT)}
 
-__all__ = ["EWC", "HAT", "METHODS", "Finetune", "Joint", "Method"]
+__all__ = ["EWC", "HAT", "MAS", "METHODS", "SI", "Finetune", "Joint", "Method", "RWalk", "Regularised"]

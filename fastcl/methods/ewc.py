@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from ..importance import EWC as Regulariser
-from .method import Batches, Method
+from .. import importance
+from .method import Batches, Regularised
 
 
-class EWC(Method):
+class EWC(Regularised):
     r"""Elastic weight consolidation (Kirkpatrick et al. 2017).
 
-    The loss gains :math:`\frac\lambda2\sum_iF_i(\theta_i-\theta_i^*)^2`.
-
-    The regulariser is :class:`fastcl.EWC`; `strength`, `form`, `kind` and `gamma` are its arguments. The Fisher's
-    softmax runs over the outputs that competed in training.
+    The loss gains :math:`\frac\lambda2\sum_iF_i(\theta_i-\theta_i^*)^2`. `strength`, `form`, `kind` and `gamma` are the
+    arguments of :class:`fastcl.EWC`. The Fisher's softmax runs over the outputs that competed in training.
     """
 
     name = "ewc"
@@ -34,16 +32,7 @@ class EWC(Method):
         **options: Any,
     ) -> None:
         super().__init__(model, **options)
-        self.regulariser = Regulariser(model, strength, form, kind, gamma)
-
-    def regularise(self) -> Tensor:
-        return self.regulariser.add_gradients()
+        self.regulariser = importance.EWC(model, strength, form, kind, gamma)
 
     def end_task(self, batches: Batches) -> None:
         self.regulariser.consolidate(batches, classes=self.classes)
-
-    def extra_state(self) -> dict[str, Any]:
-        return self.regulariser.state_dict()
-
-    def load_extra_state(self, state: dict[str, Any]) -> None:
-        self.regulariser.load_state_dict(state)

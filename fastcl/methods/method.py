@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..importance import Regulariser
 from ..nn import mlp
 
 if TYPE_CHECKING:
@@ -157,3 +158,18 @@ class Method:
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         pass
+
+
+class Regularised(Method):
+    """A method that is its regulariser: `self.regulariser` adds its gradients in every step and keeps its state."""
+
+    regulariser: Regulariser
+
+    def regularise(self) -> Tensor:
+        return self.regulariser.add_gradients()
+
+    def extra_state(self) -> dict[str, Any]:
+        return self.regulariser.state_dict()
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        self.regulariser.load_state_dict(state)
