@@ -69,7 +69,9 @@ class Mask:
         self.seen = (self.versions(), param.shape, param.stride(), param.dtype, param.device)
 
     def _copy(self, mask: Tensor, param: Tensor, wide: torch.dtype) -> Tensor:
-        if mask.dtype == torch.uint8 and param.numel():
+        if param.numel() == 0:
+            return torch.empty(0, dtype=torch.uint8, device=param.device)
+        if mask.dtype == torch.uint8:
             if self.packed_for not in (None, param.stride()):
                 raise ValueError(
                     f"{self.owner}: reserved of {self.name} is packed in the memory order that {self.name} had "
