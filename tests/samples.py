@@ -115,10 +115,17 @@ OPS: dict[str, Sample] = {
     ),
     "masked_weight_backward": Sample(
         lambda s, d, layout: (
-            values(s, d), values((), _sums(d)), values(s, d, layout), values(s, d, layout), 3.0, None, 0.0, 0,
+            values(s, d),
+            values((), _sums(d)),
+            values(s, d, layout),
+            values(s, d, layout),
+            3.0,
+            None,
+            0.0,
+            0,
         ),
         differentiable=True,
-    ),  # fmt: skip
+    ),
     "mask_sparsity": Sample(
         lambda s, d, layout: ([positive(s, d, layout), positive(s, d)], [torch.rand(s) > 0.5, positive(s, d) / 2]),
         differentiable=True,

@@ -171,7 +171,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "literal": (lambda: ops.masked_weight(W, E, 1.0, literal=True), "literal needs s_max"),
     "literal scale": (lambda: ops.compensated_mask(E, 0.0, 1.0, literal=True), "scale is 0 but must be positive"),
     "shape": (lambda: ops.masked_weight(W, E[:, :2], 1.0), "embedding must have the shape of weight"),
-    "two dimensions": (lambda: ops.masked_weight(torch.zeros(2, 3, 4), torch.zeros(2, 3, 1), 1.0), "in every dimension"),
+    "two dimensions": (
+        lambda: ops.masked_weight(torch.zeros(2, 3, 4), torch.zeros(2, 3, 1), 1.0),
+        "in every dimension",
+    ),
     "kept": (lambda: ops.masked_weight_kept(W, E[:, :1], 1.0), "embedding must have the shape of weight"),
     "dtype": (lambda: ops.masked_weight(W, E.double(), 1.0), "embedding must have the dtype of weight"),
     "integer": (lambda: ops.masked_weight(W.int(), E.int(), 1.0), "weight must be float32"),

@@ -16,7 +16,7 @@ Reserved = dict[Tensor, Any]
 
 
 def to_masked(module: nn.Module, *, skip: Collection[str] = (), **options: Any) -> nn.Module:
-    """A plain layer, or every Linear, Conv1d-3d and ConvTranspose2d of a model, as a masked layer on the same parameters.
+    """A plain layer, or every Linear, Conv1d-3d and ConvTranspose2d of a model, as masked on the same parameters.
 
     Args:
         module: changed in place where it has children; a bare layer comes back as a new object.
@@ -45,7 +45,7 @@ def to_masked(module: nn.Module, *, skip: Collection[str] = (), **options: Any) 
 
 
 def to_plain(module: nn.Module, task: int | None = None) -> nn.Module:
-    """A masked layer, or every one of a model, as torch's own with the mask of `task` multiplied into copies of the weights.
+    """A masked layer, or every one of a model, as torch's own: the mask of `task` multiplied into copies of the weights.
 
     For unit masks the rows (and biases) of the layer are scaled, which is exact without an activation or with ReLU.
     `task` None: the mask as it would be recorded now.
@@ -111,8 +111,8 @@ def reserved_masks(model: nn.Module) -> Reserved:
     """Masks of everything that the recorded tasks use, for ``MaskedAdam(..., reserved=...)`` or ``protect``.
 
     Weight masks: the union of the tasks' bits; a bias, which all tasks share, wholly. Unit masks (HAT, eq. 2):
-    min(post[i], pre[j]) as a pair of vectors, pre being the masked layer before (all ones before the first); biases post.
-    The unit-masked layers must follow each other as in ``model.modules()``; after a Flatten, each unit stands for its
+    min(post[i], pre[j]) as a pair of vectors, pre being the masked layer before (all ones before the first); biases
+    post. The unit-masked layers must follow each other as in ``model.modules()``; after a Flatten, each unit stands for its
     positions. Empty before the first recorded task.
 
     Raises:
@@ -152,8 +152,8 @@ def capacity(model: nn.Module) -> dict[str, Any]:
     """What the recorded tasks use.
 
     Returns:
-        ``layers``: for every masked layer its ``mask``, ``total`` weights or units, ``reserved`` share, and ``used``, the
-        share of each task; ``reserved``, the share over all layers; ``used`` [T], likewise; ``overlap`` [T][T]: the
+        ``layers``: for every masked layer its ``mask``, ``total`` weights or units, ``reserved`` share, and ``used``,
+        the share of each task; ``reserved``, the share over all layers; ``used`` [T], likewise; ``overlap`` [T][T]: the
         entries that tasks i and j share, as a part of what task i uses. Soft unit masks count as used from 0.5 on.
     """
     layers: dict[str, Any] = {}
@@ -198,7 +198,9 @@ def plot_capacity(model: nn.Module, path: str | Path) -> None:
     left.set(xlabel="task", ylabel="share of the mask that is on", ylim=(0, 1), title="used by each task")
     left.legend(fontsize="small")
     image = right.imshow(report["overlap"] or [[0.0]], vmin=0, vmax=1, cmap="viridis")
-    right.set(xlabel="task j", ylabel="task i", title=f"shared with j of what i uses; {report['reserved']:.0%} reserved")
+    right.set(
+        xlabel="task j", ylabel="task i", title=f"shared with j of what i uses; {report['reserved']:.0%} reserved"
+    )
     figure.colorbar(image, ax=right)
     figure.savefig(path)
     plt.close(figure)

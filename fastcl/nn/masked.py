@@ -27,8 +27,8 @@ class MaskedLayer:
             always binary, one bit a weight and task.
         compensate: whether the embedding's gradient is HAT's compensated one.
 
-    In training ``scale`` is s and ``task`` None. ``begin_task()`` starts a new embedding, ``end_task()`` records its mask;
-    under :func:`use_task` the layer runs on a recorded one. ``reserved()`` is what all recorded tasks use together.
+    In training ``scale`` is s and ``task`` None. ``begin_task()`` starts a new embedding, ``end_task()`` records its
+    mask; under :func:`use_task` the layer runs on a recorded one. ``reserved()`` is what all recorded tasks use together.
     """
 
     weight: nn.Parameter
@@ -222,11 +222,17 @@ class MaskedConv3d(_MaskedConv, nn.Conv3d):
 
 
 class MaskedConvTranspose2d(_MaskedConv, nn.ConvTranspose2d):
-    """:class:`torch.nn.ConvTranspose2d` with a mask; see :class:`MaskedLayer`. Its units are dimension 1 of the weight."""
+    """:class:`torch.nn.ConvTranspose2d` with a mask; see :class:`MaskedLayer`. Units: dimension 1 of the weight."""
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         padding = self._output_padding(
-            x, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation  # type: ignore[arg-type]
+            x,
+            output_size,
+            self.stride,
+            self.padding,
+            self.kernel_size,
+            2,
+            self.dilation,  # type: ignore[arg-type]
         )
         y = nn.functional.conv_transpose2d(
             x, self._effective_weight(), self.bias, self.stride, self.padding, padding, self.groups, self.dilation

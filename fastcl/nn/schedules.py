@@ -4,7 +4,9 @@ from __future__ import annotations
 
 
 def hat_scale(batch: int, batches: int, s_max: float) -> float:
-    r"""HAT's (Serra et al. 2018, eq. 3) within an epoch: :math:`\frac1{s_{max}} + (s_{max}-\frac1{s_{max}})\frac{b-1}{B-1}`.
+    r"""HAT's (Serra et al. 2018, eq. 3) within an epoch.
+
+    :math:`s = \frac1{s_{max}} + (s_{max}-\frac1{s_{max}})\frac{b-1}{B-1}`.
 
     Args:
         batch: 0 to batches - 1 (the paper's b - 1). One batch in all gives s_max.
@@ -22,9 +24,7 @@ def hat_scale(batch: int, batches: int, s_max: float) -> float:
     return _between(s_max, batch / (batches - 1) if batches > 1 else 1.0)
 
 
-def dgm_scale(
-    epoch: int, epochs: int, batch: int, batches: int, s_max: float, schedule: str = "monotone"
-) -> float:
+def dgm_scale(epoch: int, epochs: int, batch: int, batches: int, s_max: float, schedule: str = "monotone") -> float:
     r"""DGM's nested annealing (Ostapenko et al. 2019, eq. 3): over epochs a ceiling, within an epoch up to it.
 
     :math:`s_{max}^i = \frac1{s_{max}} + (s_{max}-\frac1{s_{max}})\,u` and

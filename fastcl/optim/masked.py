@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, pairwise
 from operator import attrgetter
 from typing import Any
 
@@ -130,7 +130,9 @@ class MaskedStep:
             if p.grad.layout != torch.strided:
                 raise RuntimeError(f"{name} does not support sparse gradients")
             if p.dtype not in plans.DTYPES:
-                raise ValueError(f"{name}: a parameter has dtype {p.dtype} but must be float32, float64 or half precision")
+                raise ValueError(
+                    f"{name}: a parameter has dtype {p.dtype} but must be float32, float64 or half precision"
+                )
             if p.grad.dtype != p.dtype or p.grad.shape != p.shape:
                 raise ValueError(
                     f"{name}: a gradient has shape {list(p.grad.shape)} and dtype {p.grad.dtype} but its parameter "
@@ -275,5 +277,5 @@ class _Plan:
 
 def _refuse_overlap(name: str, tensors: list[Tensor]) -> None:
     spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors if t.numel())
-    if any(end > begin for (_, end), (begin, _) in zip(spans, spans[1:], strict=False)):
+    if any(end > begin for (_, end), (begin, _) in pairwise(spans)):
         raise ValueError(f"{name}: parameters share memory: each must have its own")

@@ -37,7 +37,9 @@ class MaskedAdam(MaskedStep, torch.optim.Adam):
         tensor([1.0000, 0.5000])
     """
 
-    def __init__(self, params: Any, lr: Any = 1e-3, *args: Any, reserved: Reserved | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, params: Any, lr: Any = 1e-3, *args: Any, reserved: Reserved | None = None, **kwargs: Any
+    ) -> None:
         kwargs["fused"] = None  # torch's would claim to do GradScaler's part
         torch.optim.Adam.__init__(self, params, lr, *args, **kwargs)
         self._start(reserved)

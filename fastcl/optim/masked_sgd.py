@@ -16,8 +16,8 @@ from .reserved import Reserved
 class MaskedSGD(MaskedStep, torch.optim.SGD):
     r""":class:`torch.optim.SGD` on the gradients :math:`g\,(1 - r)`; entries with r = 1 keep every bit.
 
-    HAT (Serra et al. 2018, eq. 2) and DGM (Ostapenko et al. 2019, eq. 4) mask gradients only, and a reserved weight then
-    still moves with stale momentum and weight decay. Here it does not, nor does its momentum: mask, momentum, decay
+    HAT (Serra et al. 2018, eq. 2) and DGM (Ostapenko et al. 2019, eq. 4) mask gradients only, and a reserved weight
+    then still moves with stale momentum and weight decay. Here it does not, nor does its momentum: mask, momentum, decay
     and update are one pass over memory. Without a mask the results are torch's, to rounding.
 
     Args:
@@ -44,7 +44,9 @@ class MaskedSGD(MaskedStep, torch.optim.SGD):
         tensor([1.0000, 0.5000])
     """
 
-    def __init__(self, params: Any, lr: Any = 1e-3, *args: Any, reserved: Reserved | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, params: Any, lr: Any = 1e-3, *args: Any, reserved: Reserved | None = None, **kwargs: Any
+    ) -> None:
         kwargs["fused"] = None  # torch's would claim to do GradScaler's part
         torch.optim.SGD.__init__(self, params, lr, *args, **kwargs)
         self._start(reserved)

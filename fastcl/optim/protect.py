@@ -16,8 +16,8 @@ def protect(optimizer: torch.optim.Optimizer, reserved: Reserved) -> Protection:
     Before each step the gradients become g (1 - r); after it, the reserved entries of every parameter, and of every
     state tensor of its shape, get their old bits back: neither stale moments, nor weight decay, nor an update that
     mixes entries (Muon) moves them. State that a step creates starts with zeros in the reserved entries, as in
-    :class:`MaskedSGD` and :class:`MaskedAdam`, which do the same in one pass. State of other shapes (a count, Adafactor's
-    row and column statistics) belongs to no single entry and is left to the optimizer.
+    :class:`MaskedSGD` and :class:`MaskedAdam`, which do the same in one pass. State of other shapes (a count,
+    Adafactor's row and column statistics) belongs to no single entry and is left to the optimizer.
 
     Args:
         optimizer: any but LBFGS, which moves along directions over all parameters at once.
@@ -81,9 +81,7 @@ class Protection:
                 self._frozen.pop(p, None)
             if p not in self._frozen:
                 self._frozen[p] = mask.frozen(p)
-        self._before = [
-            (p, {"": p.clone(), **{name: t.clone() for name, t in self._state(p)}}) for p in self._masks
-        ]
+        self._before = [(p, {"": p.clone(), **{name: t.clone() for name, t in self._state(p)}}) for p in self._masks]
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
         if closure is None:
             self._mask_gradients()

@@ -102,7 +102,9 @@ class Mask:
         elif param.stride(1) * param.shape[1] == param.numel():
             outer = 1
         else:  # one row is the whole weight: csrc/common/masks.cpp
-            whole = torch.minimum(self.rows.unsqueeze(1), self.columns).reshape(*param.shape[:2], *[1] * (param.dim() - 2))
+            whole = torch.minimum(self.rows.unsqueeze(1), self.columns).reshape(
+                *param.shape[:2], *[1] * (param.dim() - 2)
+            )
             return self.rows.new_ones(1), torch.empty_like(param, dtype=whole.dtype).copy_(whole), param.numel()
         values = (self.columns, self.rows)[outer]
         row, size = param.numel() // param.shape[outer], param.shape[1 - outer]

@@ -101,6 +101,7 @@ differentiable("annealed_mask_backward", _double_backward, _setup_backward)
 vmap_rule("annealed_mask", _vmap_mask)
 vmap_rule("annealed_mask_backward", _vmap_backward)
 
+
 def compensated_mask(embedding: Tensor, scale: float, s_max: float, *, literal: bool = False) -> Tensor:
     r"""The mask :math:`\sigma(s\,e)` whose gradient in ``e`` is HAT's compensated one.
 

@@ -149,7 +149,9 @@ def mask_sparsity_backward(grad: Tensor, masks: list[Tensor], reserved: list[Ten
     for i, m in enumerate(masks):
         share = _share(reserved[i] if reserved else None, m)
         found.append(
-            torch.empty_like(_check.dense(m)).copy_(factor.to(_wide(m)) * (torch.ones_like(m) if share is None else share))
+            torch.empty_like(_check.dense(m)).copy_(
+                factor.to(_wide(m)) * (torch.ones_like(m) if share is None else share)
+            )
         )
     return found
 

@@ -58,6 +58,7 @@ def masked_grad_(grads: Sequence[Tensor], reserved: Sequence[Tensor]) -> None:
         return
     call_in_place(_masked_grad_, grads, reserved)
 
+
 def masked_grad_any_(grads: Sequence[Tensor], reserved: Sequence[Tensor], columns: Sequence[Tensor]) -> None:
     r""":func:`masked_grad_` for masks in every stored form, two vectors among them.
 

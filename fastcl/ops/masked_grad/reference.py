@@ -21,7 +21,9 @@ def masked_grad_(grads: list[Tensor], reserved: list[Tensor]) -> None:
         _check.floating(OP, f"grads[{i}]", g)
         _check.like(OP, f"reserved[{i}]", r, f"grads[{i}]", g)
         if r.dtype != torch.bool and r.dtype not in _check.FLOATS:
-            raise ValueError(f"{OP}: reserved[{i}] must be bool, float32, float64, bfloat16 or float16 (or uint8: packed bits)")
+            raise ValueError(
+                f"{OP}: reserved[{i}] must be bool, float32, float64, bfloat16 or float16 (or uint8: packed bits)"
+            )
     _check.distinct(OP, "grads", grads, reserved=reserved)
     for i, r in enumerate(reserved):
         _check.in_unit_interval(OP, f"reserved[{i}]", r)
@@ -32,6 +34,7 @@ def masked_grad_(grads: list[Tensor], reserved: list[Tensor]) -> None:
             wide = torch.promote_types(g.dtype, torch.float32)
             free = g.to(wide) * (1 - r.to(wide))
             g.copy_(torch.where(r == 1, torch.zeros((), dtype=wide, device=g.device), free))
+
 
 def masked_grad_any_(grads: list[Tensor], reserved: list[Tensor], columns: list[Tensor]) -> None:
     _masked_grad_any("masked_grad_any_", grads, reserved, columns)
@@ -181,9 +184,7 @@ def _store(into: Tensor, value: Tensor, share: Tensor | None) -> None:
     into.copy_(value if share is None else torch.where(share == 0, into, value))
 
 
-def _masks(
-    op: str, of: str, like: list[Tensor], reserved: list[Tensor], columns: list[Tensor], values: bool
-) -> None:
+def _masks(op: str, of: str, like: list[Tensor], reserved: list[Tensor], columns: list[Tensor], values: bool) -> None:
     if columns:
         _check.lengths(op, "columns", len(columns), "reserved", len(reserved))
     for i, r in enumerate(reserved):
