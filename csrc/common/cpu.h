@@ -188,7 +188,7 @@ class Addresses {
     for (size_t i = 0; i < tensors.size(); ++i)
       if (!is_dense(tensors[i])) {
         result.originals_.push_back(tensors[i]);
-        result.replace(i, torch::stable::contiguous(tensors[i]));
+        result.replace(i, in_layout_of(tensors[i], torch::stable::empty_like(tensors[i])));
       }
     return result;
   }

@@ -12,7 +12,8 @@ def annealed_mask(embedding: Tensor, scale: float) -> Tensor:
     _check.number("annealed_mask", "scale", scale)
     _check.floating("annealed_mask", "embedding", embedding)
     wide = torch.promote_types(embedding.dtype, torch.float32)
-    return torch.sigmoid(embedding.to(wide) * scale).to(embedding.dtype)
+    # in the embedding's memory order, as the kernel gives it
+    return torch.empty_like(embedding).copy_(torch.sigmoid(embedding.to(wide) * scale))
 
 
 def annealed_mask_backward(grad: Tensor, embedding: Tensor, scale: float) -> Tensor:
