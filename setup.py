@@ -5,12 +5,21 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
 
 PURE = os.environ.get("FASTCL_PURE_PYTHON") == "1"
 HELP = "or build without a compiler: FASTCL_PURE_PYTHON=1 pip install ."
 
 if PURE:
-    extensions, commands = [], {}
+
+    class Marked(build_py):
+        """Leaves the marker by which fastcl knows that no kernels were meant to be there."""
+
+        def run(self) -> None:
+            super().run()
+            (Path(self.build_lib) / "fastcl" / "PURE_PYTHON").touch()
+
+    extensions, commands = [], {"build_py": Marked}
 else:
     try:
         import torch

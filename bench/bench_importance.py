@@ -44,6 +44,14 @@ def test_penalty_with_gradient(contest: Callable, compiled: Callable, copy_rate:
         return total
 
     @torch.no_grad()
+    def foreach() -> torch.Tensor:
+        drift = torch._foreach_sub(params, anchors)
+        slope = torch._foreach_mul(importances, drift)
+        torch._foreach_mul_(slope, STRENGTH)
+        torch._foreach_add_(grads, slope)
+        return 0.5 * torch.dot(torch.cat([t.flatten() for t in slope]), torch.cat([t.flatten() for t in drift]))
+
+    @torch.no_grad()
     def fused(check: bool) -> torch.Tensor:
         return ops.quadratic_penalty_grad_(grads, params, anchors, importances, STRENGTH, check=check)
 
@@ -52,6 +60,7 @@ def test_penalty_with_gradient(contest: Callable, compiled: Callable, copy_rate:
         "fastcl, importances checked": lambda: fused(True),
         "eager autograd": autograd,
         "eager by hand": by_hand,
+        "_foreach_": foreach,
         **compiled(by_hand),
     }
 
@@ -178,3 +187,119 @@ def test_ewc_step(contest: Callable, device) -> None:
             torch.testing.assert_close(a, b)
 
     contest({"fastcl": fused, "eager penalty": eager, "no penalty": lambda: loss().backward()}, check)
+
+
+def _mlp() -> torch.nn.Module:
+    return torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(784, 400), torch.nn.ReLU(), torch.nn.Linear(400, 400), torch.nn.ReLU(),
+        torch.nn.Linear(400, 10),
+    )  # fmt: skip
+
+
+def _convnet() -> torch.nn.Module:
+    layers: list[torch.nn.Module] = []
+    for a, b in ((3, 32), (32, 64), (64, 128), (128, 128)):
+        layers += [torch.nn.Conv2d(a, b, 3, padding=1), torch.nn.BatchNorm2d(b), torch.nn.ReLU(), torch.nn.MaxPool2d(2)]
+    return torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(512, 10))
+
+
+class _Block(torch.nn.Module):
+    def __init__(self, a: int, b: int, stride: int) -> None:
+        super().__init__()
+        conv, norm = torch.nn.Conv2d, torch.nn.BatchNorm2d
+        self.body = torch.nn.Sequential(
+            conv(a, b, 3, stride, 1, bias=False), norm(b), torch.nn.ReLU(), conv(b, b, 3, 1, 1, bias=False), norm(b)
+        )
+        same = a == b and stride == 1
+        self.skip = torch.nn.Identity() if same else torch.nn.Sequential(conv(a, b, 1, stride, bias=False), norm(b))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.body(x) + self.skip(x))
+
+
+def _resnet18() -> torch.nn.Module:
+    layers: list[torch.nn.Module] = [
+        torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False),
+        torch.nn.BatchNorm2d(64),
+        torch.nn.ReLU(),
+    ]
+    width = 64
+    for stage, out in enumerate((64, 128, 256, 512)):
+        for block in range(2):
+            layers.append(_Block(width, out, 2 if stage and not block else 1))
+            width = out
+    return torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(512, 10))
+
+
+class _Encoder(torch.nn.Module):
+    """Two pre-norm blocks with single-head attention written out, 64 tokens of 128."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        d = 128
+        self.embed = torch.nn.Linear(32, d)
+        self.qkv = torch.nn.ModuleList(torch.nn.Linear(d, 3 * d) for _ in range(2))
+        self.out = torch.nn.ModuleList(torch.nn.Linear(d, d) for _ in range(2))
+        self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(d) for _ in range(4))
+        self.up = torch.nn.ModuleList(torch.nn.Linear(d, 4 * d) for _ in range(2))
+        self.down = torch.nn.ModuleList(torch.nn.Linear(4 * d, d) for _ in range(2))
+        self.head = torch.nn.Linear(d, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.embed(x)
+        for k in range(2):
+            q, key, v = self.qkv[k](self.norms[2 * k](h)).chunk(3, -1)
+            h = h + self.out[k](torch.softmax(q @ key.transpose(1, 2) / 128**0.5, -1) @ v)
+            h = h + self.down[k](torch.relu(self.up[k](self.norms[2 * k + 1](h))))
+        return self.head(h.mean(1))
+
+
+NETWORKS: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
+    "MLP 0.5M": (_mlp, (128, 1, 28, 28)),
+    "4-conv net": (_convnet, (128, 3, 32, 32)),
+    "encoder, 64 tokens": (_Encoder, (128, 64, 32)),
+    "ResNet-18": (_resnet18, (128, 3, 32, 32)),
+}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_fisher(contest: Callable, device, name: str, layout: str) -> None:
+    """The exact empirical Fisher of one batch of 128, against a plain forward and backward pass of the same batch."""
+    make, shape = NETWORKS[name]
+    if layout == "channels_last" and name not in ("4-conv net", "ResNet-18"):
+        pytest.skip("no convolutions")
+    form = torch.channels_last if layout == "channels_last" and len(shape) == 4 else torch.contiguous_format
+    torch.manual_seed(0)
+    net = make().to(device, memory_format=form).eval()
+    x = torch.randn(shape, device=device).contiguous(memory_format=form)
+    y = torch.randint(0, 10, (len(x),), device=device)
+    batches = [(x, y)] * (8 if name.startswith("MLP") else 1)  # a data set's worth of a small network
+
+    def plain() -> None:
+        for a, b in batches:
+            net.zero_grad()
+            torch.nn.functional.cross_entropy(net(a), b).backward()
+
+    def vmapped() -> dict[str, torch.Tensor]:
+        params = {k: v.detach() for k, v in net.named_parameters()}
+
+        def loss(values: dict[str, torch.Tensor], a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.cross_entropy(torch.func.functional_call(net, values, (a[None],)), b[None])
+
+        grads = torch.func.vmap(torch.func.grad(loss), (None, 0, 0), chunk_size=16)(params, x, y)
+        return {k: g.square().mean(0) for k, g in grads.items()}
+
+    contenders: dict[str, Any] = {
+        "fastcl": lambda: fastcl.fisher_diagonal(net, batches),
+        "plain forward + backward": plain,
+        "batch gradient squared (not the Fisher)": lambda: fastcl.fisher_diagonal(net, batches, kind="batched"),
+        "torch.func, chunks of 16": lambda: [vmapped() for _ in batches],
+    }
+
+    def check(contenders: dict[str, Any]) -> None:
+        found, want = contenders["fastcl"](), vmapped()
+        for key, value in want.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4 * value.max().item())
+
+    contest(contenders, check)

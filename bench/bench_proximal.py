@@ -22,10 +22,19 @@ def test_soft_threshold(contest: Callable, compiled: Callable, copy_rate: Callab
         for w in tensors:
             w.copy_(torch.nn.functional.softshrink(w, 1e-6))
 
+    def foreach() -> None:
+        size = torch._foreach_abs(tensors)
+        torch._foreach_sub_(size, 1e-6)
+        torch._foreach_clamp_min_(size, 0)
+        signs = torch._foreach_sign(tensors)
+        torch._foreach_mul_(size, signs)
+        torch._foreach_copy_(tensors, size)
+
     contenders: dict[str, Any] = {
         "fastcl": lambda: fastcl.ops.soft_threshold_(tensors, 1e-6),
         "eager": loop,
         "softshrink": softshrink,
+        "_foreach_": foreach,
         **compiled(loop),
     }
 

@@ -104,8 +104,8 @@ def call(op: torch._ops.OpOverload, *args: Any) -> Any:
     """Calls a functional op; bad input becomes ValueError (or TypeError) naming the argument."""
     try:
         return op(*args)
-    except RuntimeError as error:
-        raise _explain(op, error) from None
+    except (RuntimeError, AttributeError) as error:
+        raise _explain(op, error, args) from None
 
 
 def call_in_place(
@@ -117,29 +117,41 @@ def call_in_place(
     """
     if torch.compiler.is_compiling():
         return op(mutated, *args)
-    if not isinstance(mutated, (Tensor, list, tuple)):
-        raise TypeError(f"{op._opname}: expected tensors, got {type(mutated).__name__}")
     try:
         tensors = (mutated,) if isinstance(mutated, Tensor) else (*mutated, *also)
         if torch.is_grad_enabled():
             _refuse_tracked(op, tensors, args)
         with _BelowAutograd():
             result = op(mutated, *args)
-    except RuntimeError as error:
-        raise _explain(op, error) from None
-    except AttributeError:
-        raise TypeError(f"{op._opname}: expected tensors, got {[type(t).__name__ for t in tensors]}") from None
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise _explain(op, error, (mutated, *args)) from None
     _increment_version(tensors)
     return result
 
 
-def _explain(op: torch._ops.OpOverload, error: RuntimeError) -> Exception:
+def _explain(op: torch._ops.OpOverload, error: Exception, args: Sequence[Any]) -> Exception:
     text = str(error)
+    for argument, value in zip(op._schema.arguments, args, strict=False):
+        if wrong := _no_tensor(argument.name, str(argument.type), value):
+            return TypeError(f"{op._opname}: {wrong}")
     if "Expected a value of type" in text or "Unable to cast" in text:
         return TypeError(text.split("\n", 1)[0])
     if text.startswith(f"{op._opname}: ") and "requires grad" not in text and "gradient graph" not in text:
         return ValueError(text)
     return error
+
+
+def _no_tensor(name: str, kind: str, value: Any) -> str | None:
+    """What is wrong with an argument that must be a tensor or a list of tensors."""
+    if kind == "Tensor" and not isinstance(value, Tensor):
+        return f"{name} must be a tensor, not {type(value).__name__}"
+    if kind == "List[Tensor]":
+        if not isinstance(value, (list, tuple)):
+            return f"{name} must be a list of tensors, not {type(value).__name__}"
+        for i, t in enumerate(value):
+            if not isinstance(t, Tensor):
+                return f"{name}[{i}] must be a tensor, not {type(t).__name__}"
+    return None
 
 
 def has_kernel(name: str, key: str) -> bool:

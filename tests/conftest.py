@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+OPCHECKS = pytest.StashKey[Counter[str]]()
 
 
 def mnist_root() -> Path | None:
@@ -23,6 +26,10 @@ def mnist_root() -> Path | None:
     return None
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[OPCHECKS] = Counter()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     missing = {
         "mnist": "real MNIST not found: set FASTCL_DATA" if mnist_root() is None else None,
@@ -33,6 +40,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in missing.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    passed = config.stash[OPCHECKS]
+    if passed:
+        ops = ", ".join(f"{name} {n}" for name, n in sorted(passed.items()))
+        terminalreporter.write_line(f"opcheck: {passed.total()} passed on {len(passed)} ops ({ops})")
+
+
+@pytest.fixture
+def opcheck(request: pytest.FixtureRequest) -> Callable[[Any, tuple[Any, ...]], None]:
+    """torch.library.opcheck with all its tests; those that passed are counted for the summary line."""
+
+    def check(op: Any, args: tuple[Any, ...]) -> None:
+        results = torch.library.opcheck(op, args)
+        assert len(results) == 4
+        assert set(results.values()) == {"SUCCESS"}
+        request.config.stash[OPCHECKS][op._opname] += 1
+
+    return check
 
 
 @pytest.fixture

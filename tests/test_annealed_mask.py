@@ -8,6 +8,34 @@ import torch
 import fastcl
 from fastcl import ops
 
+from .samples import FLOATS, LAYOUTS, WIDTHS
+
+ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2**-8 * 1.01, torch.float16: 2**-11 * 1.01}
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_mask_and_gradient_of_every_width(dtype: torch.dtype) -> None:
+    for n in WIDTHS:
+        e = torch.randn(n).to(dtype).requires_grad_()
+        upstream = torch.randn(n).to(dtype)
+        m = ops.annealed_mask(e, 3.0)
+        (grad,) = torch.autograd.grad(m, e, upstream)
+        assert m.dtype == grad.dtype == dtype
+        x = 3.0 * e.detach().double()
+        want, slope = torch.sigmoid(x), 3.0 * torch.sigmoid(x) * torch.sigmoid(-x)  # 1 - m would cancel
+        tiny = 1e-7 if dtype == torch.float16 else 1e-30  # denormal halves have fewer digits
+        torch.testing.assert_close(m.detach().double(), want, rtol=ROUNDING[dtype], atol=tiny)
+        torch.testing.assert_close(grad.double(), upstream.double() * slope, rtol=3 * ROUNDING[dtype], atol=tiny)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mask_lies_in_memory_as_torch_would_lay_it(layout: str) -> None:
+    e = LAYOUTS[layout](torch.randn(3, 4, 5, 6)).requires_grad_()
+    m = ops.annealed_mask(e, 2.0)
+    (grad,) = torch.autograd.grad(m.sum(), e)
+    assert m.stride() == grad.stride() == torch.empty_like(e).stride()
+    torch.testing.assert_close(m, torch.sigmoid(2.0 * e))
+
 
 @pytest.mark.parametrize("scale", [0.0, 0.01, 1.0, 7.5])
 def test_gradcheck_twice(scale: float) -> None:
@@ -41,6 +69,32 @@ def test_gradient_survives_where_the_mask_rounds_to_one() -> None:
     assert (e.grad > 0).all()
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_slope_is_even_and_right_on_both_saturated_sides(dtype: torch.dtype) -> None:
+    """Up to |s e| = 80, far beyond the 17 (float32) or 37 (float64) from which m (1 - m) is 0 in m's own digits."""
+    e = torch.linspace(-0.1, 0.1, 41).to(dtype).requires_grad_()
+    (slope,) = torch.autograd.grad(ops.annealed_mask(e, 800.0).sum(), e)
+    x = 800.0 * e.detach().double()
+    want = (800 * torch.exp(-x.abs()) / (1 + torch.exp(-x.abs())) ** 2).to(dtype)
+    torch.testing.assert_close(slope, want, rtol=2 * max(ROUNDING[dtype], 5e-6), atol=1e-7 * (dtype == torch.float16))
+
+
+def test_double_backward_of_the_backward_op() -> None:
+    grad, e = (torch.randn(4, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    backward = torch.ops.fastcl.annealed_mask_backward.default
+    assert torch.autograd.gradcheck(lambda g, e: backward(g, e, 2.5), (grad, e))
+    assert torch.autograd.gradgradcheck(lambda g, e: backward(g, e, 2.5), (grad, e))
+
+
+def test_third_derivative() -> None:
+    e = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    d: torch.Tensor = ops.annealed_mask(e, 2.0)
+    for _ in range(3):
+        (d,) = torch.autograd.grad(d, e, create_graph=True)
+    m = torch.sigmoid(2 * e.detach())
+    torch.testing.assert_close(d.detach(), 8 * m * (1 - m) * (1 - 6 * m + 6 * m**2))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rounds_once(dtype: torch.dtype) -> None:
     e = torch.randn(1000).to(dtype)
@@ -55,16 +109,33 @@ def test_vmap() -> None:
     torch.testing.assert_close(by_columns, ops.annealed_mask(e, 2.0))
 
 
+def test_vmap_of_the_gradient() -> None:
+    e = torch.randn(6, requires_grad=True)
+    m = ops.annealed_mask(e, 2.0)
+    (rows,) = torch.autograd.grad(m, e, torch.eye(6), is_grads_batched=True)
+    torch.testing.assert_close(rows, torch.diag(2 * m * (1 - m)).detach())
+
+
+@pytest.mark.parametrize("scale", [-1.0, -1e-300, math.nan, math.inf])
+def test_bad_scale(scale: float) -> None:
+    e = torch.randn(4)
+    for call in (ops.annealed_mask, lambda e, s: torch.ops.fastcl.annealed_mask_backward(e, e, s)):
+        with pytest.raises((ValueError, RuntimeError), match=r"scale is .* but must be finite and not negative"):
+            call(e, scale)
+    with pytest.raises(ValueError, match="scale is"):
+        ops.annealed_mask(e, scale)
+
+
 def test_bad_input() -> None:
     e = torch.randn(4)
-    for scale in (-1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match="scale is"):
-            ops.annealed_mask(e, scale)
-    with pytest.raises(ValueError, match="embedding must be float32"):
-        ops.annealed_mask(e.int(), 1.0)
-    with pytest.raises(TypeError):
+    for wrong in (torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn):
+        with pytest.raises(ValueError, match="embedding must be float32, float64, bfloat16 or float16"):
+            ops.annealed_mask(e.to(wrong), 1.0)
+    with pytest.raises(TypeError, match="embedding"):
         ops.annealed_mask("e", 1.0)
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="embedding"):
+        ops.annealed_mask(None, 1.0)
+    with pytest.raises(TypeError, match="scale"):
         ops.annealed_mask(e, "1")
 
 

@@ -49,8 +49,8 @@ void for_elements(int64_t numel, const F& f) {
 Tensor mask_of(const char* op, Tensor embedding, double scale) {
   check_scale(op, scale);
   FASTCL_CHECK(embedding.is_cpu(), op, ": embedding must be a CPU tensor");
-  if (!is_dense(embedding)) embedding = torch::stable::contiguous(embedding);
   Tensor mask = torch::stable::empty_like(embedding);
+  embedding = in_layout_of(embedding, mask);
   dispatch_float(embedding.scalar_type(), op, "embedding", [&](auto type) {
     using T = decltype(type);
     T* m = static_cast<T*>(mask.mutable_data_ptr());
@@ -79,8 +79,8 @@ Tensor compensated_mask_backward_cpu(Tensor grad, Tensor embedding, double scale
   check_compensation(op, scale, s_max, literal);
   check_like(grad, embedding, op, "grad", "embedding");
   check_same_dtype(grad, embedding, op, "grad", "embedding");
-  if (!is_dense(embedding)) embedding = torch::stable::contiguous(embedding);
   Tensor grad_embedding = torch::stable::empty_like(embedding);
+  embedding = in_layout_of(embedding, grad_embedding);
   grad = in_layout_of(grad, grad_embedding);
   dispatch_float(embedding.scalar_type(), op, "embedding", [&](auto type) {
     using T = decltype(type);
@@ -102,8 +102,8 @@ Tensor annealed_mask_backward_cpu(Tensor grad, Tensor embedding, double scale) {
   check_scale(op, scale);
   check_like(grad, embedding, op, "grad", "embedding");
   check_same_dtype(grad, embedding, op, "grad", "embedding");
-  if (!is_dense(embedding)) embedding = torch::stable::contiguous(embedding);
   Tensor grad_embedding = torch::stable::empty_like(embedding);
+  embedding = in_layout_of(embedding, grad_embedding);
   grad = in_layout_of(grad, grad_embedding);
   dispatch_float(embedding.scalar_type(), op, "embedding", [&](auto type) {
     using T = decltype(type);

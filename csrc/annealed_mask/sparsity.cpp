@@ -60,7 +60,7 @@ struct Problem {
       FASTCL_CHECK(given[i].is_cpu(), op, ": ", item("masks", i), " must be a CPU tensor");
       dispatch_float(given[i].scalar_type(), op, item("masks", i), [](auto) {});
       wide |= given[i].scalar_type() == ScalarType::Double;
-      masks.push_back(is_dense(given[i]) ? given[i] : torch::stable::contiguous(given[i]));
+      masks.push_back(without_gaps(given[i]));
       const Tensor r =
           given_reserved.empty() ? torch::stable::new_empty(given[i], {0}, ScalarType::Bool) : given_reserved[i];
       reserved.emplace_back(r, nullptr, masks[i], op, item("reserved", i), item("masks", i));

@@ -191,7 +191,7 @@ struct Problem {
       weight = torch::stable::contiguous(weight);
       embedding = torch::stable::contiguous(embedding);
     } else {
-      if (!is_dense(weight)) weight = torch::stable::contiguous(weight);
+      weight = without_gaps(weight);
       embedding = in_layout_of(embedding, weight);
     }
   }

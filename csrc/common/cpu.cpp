@@ -68,12 +68,28 @@ bool same_layout(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+// Sorted by stride, every dimension must step over all that the smaller ones reach.
+bool overlaps_itself(const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] == 0) return false;
+    if (sizes[d] > 1) dims.emplace_back(strides[d], sizes[d]);
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t reach = 0;
+  for (const auto& [stride, size] : dims) {
+    if (stride <= reach) return true;
+    reach += (size - 1) * stride;
+  }
+  return false;
+}
+
 void check_output(const Tensor& t, const char* op, Name name) {
   FASTCL_CHECK(t.is_cpu(), op, ": ", name, " must be a CPU tensor");
   if (is_dense(t)) return;
-  for (int64_t d = 0; d < t.dim(); ++d)
-    FASTCL_CHECK(t.size(d) <= 1 || t.stride(d) != 0, op, ": ", name,
-                 " overlaps itself (an expanded tensor): write to a contiguous clone instead");
+  FASTCL_CHECK(!overlaps_itself(t), op, ": ", name,
+               " overlaps itself (an expanded tensor): write to a contiguous clone instead");
 }
 
 void check_like(const Tensor& t, const Tensor& like, const char* op, Name name, Name like_name) {
@@ -162,5 +178,7 @@ Tensor in_layout_of(const Tensor& t, const Tensor& like) {
   torch::stable::copy_(copy, t);
   return copy;
 }
+
+Tensor without_gaps(const Tensor& t) { return is_dense(t) ? t : in_layout_of(t, torch::stable::empty_like(t)); }
 
 }  // namespace fastcl

@@ -11,13 +11,13 @@ constexpr const char* kOp = "masked_grad_";
 template <class T, class M>
 struct MaskedGrad {
   static FASTCL_HD void run(T* FASTCL_RESTRICT g, const M* FASTCL_RESTRICT r, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) store(g + i, masked_grad(load(g + i), load(r + i)));
+    for (int64_t i = 0; i < n; ++i) store(g + i, masked_grad(load(g + i), static_cast<arithmetic_t<T>>(load(r + i))));
   }
 };
 template <class T>
 struct MaskedGrad<T, uint8_t> {
   static FASTCL_HD void run(T* FASTCL_RESTRICT g, const uint8_t* FASTCL_RESTRICT r, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) store(g + i, masked_grad(load(g + i), r[i]));
+    for (int64_t i = 0; i < n; ++i) store(g + i, masked_grad_bits(load(g + i), r[i]));
   }
 };
 

@@ -57,7 +57,7 @@ void for_elements(int64_t numel, const F& f) {
 Tensor pack_mask(Tensor mask) {
   const char* op = "pack_mask";
   FASTCL_CHECK(mask.is_cpu() && mask.scalar_type() == ScalarType::Bool, op, ": mask must be a bool CPU tensor");
-  if (!is_dense(mask)) mask = torch::stable::contiguous(mask);
+  mask = without_gaps(mask);
   Tensor packed = torch::stable::new_empty(mask, {(mask.numel() + 7) / 8}, ScalarType::Byte);
   uint8_t* bytes = static_cast<uint8_t*>(packed.mutable_data_ptr());
   const uint8_t* r = static_cast<const uint8_t*>(mask.const_data_ptr());
@@ -73,7 +73,7 @@ Tensor unpack_mask(Tensor packed, Tensor like) {
                ": packed must be uint8 of one dimension with ", bytes, " bytes, for the ", like.numel(),
                " elements of like");
   packed = torch::stable::contiguous(packed);
-  if (!is_dense(like)) like = torch::stable::contiguous(like);
+  like = without_gaps(like);
   Tensor mask = torch::stable::to(torch::stable::empty_like(like), ScalarType::Bool);
   uint8_t* r = static_cast<uint8_t*>(mask.mutable_data_ptr());
   const uint8_t* b = static_cast<const uint8_t*>(packed.const_data_ptr());
@@ -95,7 +95,7 @@ void masked_grad_any(const char* op, Tensors grads, const Tensors& reserved, con
   Tensors work;
   VirtualArray all;
   for (size_t i = 0; i < grads.size(); ++i) {
-    work.push_back(is_dense(grads[i]) ? grads[i] : torch::stable::contiguous(grads[i]));
+    work.push_back(without_gaps(grads[i]));
     const Mask& mask = masks.emplace_back(reserved[i], columns.empty() ? nullptr : &columns[i], work[i], op,
                                           item("reserved", i), item("grads", i));
     FASTCL_CHECK(mask.in_unit_interval(), op, ": ", item("reserved", i), " has values outside [0, 1] or NaN");

@@ -12,11 +12,11 @@ FASTCL_HD T masked_grad(T g, T r) {
 }
 
 // r != 0 protects. By bits, since gcc does not vectorise the choice between a float and 0 by a byte.
-FASTCL_HD float masked_grad(float g, uint8_t r) {
+FASTCL_HD float masked_grad_bits(float g, uint8_t r) {
   return float_from_bits(float_bits(g) & -static_cast<int32_t>(r == 0));
 }
 
-FASTCL_HD double masked_grad(double g, uint8_t r) {
+FASTCL_HD double masked_grad_bits(double g, uint8_t r) {
   int64_t bits;
   std::memcpy(&bits, &g, sizeof bits);
   bits &= -static_cast<int64_t>(r == 0);

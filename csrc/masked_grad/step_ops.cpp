@@ -17,9 +17,9 @@ void check_number(const char* op, const char* name, double value, bool below_one
 // parameter's, are worked on in copies; finish() writes them back.
 class Step {
  public:
-  Step(const char* op, Tensors params, std::vector<std::pair<const char*, Tensors>> states, Tensors grads,
-       const Tensors& reserved, const Tensors& columns, bool check)
-      : op_(op) {
+  // `steps` are Adam's counts, or empty.
+  Step(const char* op, const Tensors& params, const std::vector<std::pair<const char*, Tensors>>& states,
+       const Tensors& steps, const Tensors& grads, const Tensors& reserved, const Tensors& columns, bool check) {
     const size_t n = params.size();
     check_lengths(grads.size(), n, op, "grads", "params");
     for (const auto& [name, list] : states)
@@ -41,6 +41,13 @@ class Step {
         mutated.push_back(list[i]);
       }
     }
+    for (size_t i = 0; i < steps.size(); ++i) {
+      const ScalarType dtype = steps[i].scalar_type();
+      FASTCL_CHECK(
+          steps[i].is_cpu() && steps[i].numel() == 1 && (dtype == ScalarType::Float || dtype == ScalarType::Double), op,
+          ": ", item("steps", i), " must be one float32 or float64 number on the CPU");
+      mutated.push_back(steps[i]);
+    }
     check_distinct(mutated, {&grads, &reserved, &columns}, op, "params and state", {"grads", "reserved", "columns"});
     entries_.resize(n);
     for (size_t i = 0; i < n; ++i) {
@@ -51,6 +58,10 @@ class Step {
       for (size_t s = 0; s < states.size(); ++s)
         if (!states[s].second.empty()) e.state[s] = work(states[s].second[i], param).mutable_data_ptr();
       e.numel = param.numel();
+      if (!steps.empty()) {
+        e.step = steps[i].mutable_data_ptr();
+        e.wide_step = steps[i].scalar_type() == ScalarType::Double;
+      }
       const ScalarType dtype = param.scalar_type();
       e.dtype = dtype == ScalarType::Float      ? 0
                 : dtype == ScalarType::Double   ? 1
@@ -68,19 +79,6 @@ class Step {
     }
   }
 
-  void set_steps(const Tensors& steps) {
-    check_lengths(steps.size(), entries_.size(), op_, "steps", "params");
-    for (size_t i = 0; i < steps.size(); ++i) {
-      const ScalarType dtype = steps[i].scalar_type();
-      FASTCL_CHECK(
-          steps[i].is_cpu() && steps[i].numel() == 1 && (dtype == ScalarType::Float || dtype == ScalarType::Double),
-          op_, ": ", item("steps", i), " must be one float32 or float64 number on the CPU");
-      entries_[i].step = steps[i].mutable_data_ptr();
-      entries_[i].wide_step = dtype == ScalarType::Double;
-    }
-    check_distinct(steps, {}, op_, "steps", {});
-  }
-
   std::vector<StepEntry>& entries() { return entries_; }
   void finish() {
     for (auto& [original, copy] : written_back_) torch::stable::copy_(original, copy);
@@ -90,21 +88,20 @@ class Step {
   const Tensor& keep(const Tensor& t) { return kept_.emplace_back(t); }
   const Tensor& work(const Tensor& t, const Tensor& like) {
     if (is_dense(t) && same_layout(t, like)) return keep(t);
-    Tensor copy = is_dense(like) ? in_layout_of(t, like) : torch::stable::contiguous(t);
+    Tensor copy = is_dense(like) ? in_layout_of(t, like) : without_gaps(t);
     written_back_.emplace_back(t, copy);
     return keep(copy);
   }
 
-  const char* op_;
   std::vector<StepEntry> entries_;
   std::deque<Mask> masks_;
   std::deque<Tensor> kept_;
   std::vector<std::pair<Tensor, Tensor>> written_back_;
 };
 
-void masked_sgd_(Tensors params, Tensors momentum_buffers, Tensors grads, Tensors reserved, Tensors columns, double lr,
-                 double momentum, double dampening, double weight_decay, bool nesterov, bool maximize, bool first,
-                 bool check) {
+void masked_sgd_(const Tensors& params, const Tensors& momentum_buffers, const Tensors& grads, const Tensors& reserved,
+                 const Tensors& columns, double lr, double momentum, double dampening, double weight_decay,
+                 bool nesterov, bool maximize, bool first, bool check) {
   const char* op = "masked_sgd_";
   check_number(op, "lr", lr);
   check_number(op, "momentum", momentum);
@@ -114,16 +111,17 @@ void masked_sgd_(Tensors params, Tensors momentum_buffers, Tensors grads, Tensor
                ": nesterov is true but needs a momentum and no dampening");
   FASTCL_CHECK(momentum_buffers.empty() ? momentum == 0 : momentum != 0, op,
                ": momentum_buffers must be given with a momentum, and only then");
-  Step step(op, params, {{"momentum_buffers", momentum_buffers}}, grads, reserved, columns, check);
+  Step step(op, params, {{"momentum_buffers", momentum_buffers}}, {}, grads, reserved, columns, check);
   for (auto& e : step.entries()) e.first = first;
   const SgdOptions options{lr, momentum, dampening, weight_decay, nesterov, maximize};
   masked_sgd_entries(step.entries().data(), static_cast<int64_t>(step.entries().size()), &options);
   step.finish();
 }
 
-void masked_adam_(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs, Tensors steps,
-                  Tensors grads, Tensors reserved, Tensors columns, double lr, double beta1, double beta2, double eps,
-                  double weight_decay, bool decoupled, bool maximize, bool check) {
+void masked_adam_(const Tensors& params, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
+                  const Tensors& max_exp_avg_sqs, const Tensors& steps, const Tensors& grads, const Tensors& reserved,
+                  const Tensors& columns, double lr, double beta1, double beta2, double eps, double weight_decay,
+                  bool decoupled, bool maximize, bool check) {
   const char* op = "masked_adam_";
   check_number(op, "lr", lr);
   check_number(op, "beta1", beta1, true);
@@ -132,9 +130,9 @@ void masked_adam_(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors
   check_number(op, "weight_decay", weight_decay);
   check_lengths(exp_avgs.size(), params.size(), op, "exp_avgs", "params");
   check_lengths(exp_avg_sqs.size(), params.size(), op, "exp_avg_sqs", "params");
+  check_lengths(steps.size(), params.size(), op, "steps", "params");
   Step step(op, params, {{"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}, {"max_exp_avg_sqs", max_exp_avg_sqs}},
-            grads, reserved, columns, check);
-  step.set_steps(steps);
+            steps, grads, reserved, columns, check);
   const AdamOptions options{lr, beta1, beta2, eps, weight_decay, decoupled, maximize};
   masked_adam_entries(step.entries().data(), static_cast<int64_t>(step.entries().size()), &options);
   step.finish();

@@ -40,9 +40,9 @@ class HAT(Method):
     (sec. 2.5, in closed form). The optimizer holds reserved entries to the bit, which the paper's masked gradients
     alone do not, so with binary masks (the default) an old task's outputs never change.
 
-    A task has its own outputs and its own loss. In the setting ``class``, or when `predict` is not given the task, it is
-    inferred: each sample goes to the task whose softmax has the least entropy. That is our addition: the paper is given
-    the task.
+    A task has its own outputs and its own loss. In the setting ``class``, or when `predict` is not given the task, it
+    is inferred: each sample goes to the task whose softmax has the least entropy. That is our addition: the paper is
+    given the task.
 
     Args:
         model: masked unit layers (``fastcl.nn.MaskedLinear(..., mask="unit")`` and the convolutions) in order, ending

@@ -45,7 +45,7 @@ def to_masked(module: nn.Module, *, skip: Collection[str] = (), **options: Any) 
 
 
 def to_plain(module: nn.Module, task: int | None = None) -> nn.Module:
-    """A masked layer, or every one of a model, as torch's own: the mask of `task` multiplied into copies of the weights.
+    """A masked layer, or every one of a model, as torch's own: the mask of `task` multiplied into copied weights.
 
     For unit masks the rows (and biases) of the layer are scaled, which is exact without an activation or with ReLU.
     `task` None: the mask as it would be recorded now.
@@ -112,8 +112,8 @@ def reserved_masks(model: nn.Module) -> Reserved:
 
     Weight masks: the union of the tasks' bits; a bias, which all tasks share, wholly. Unit masks (HAT, eq. 2):
     min(post[i], pre[j]) as a pair of vectors, pre being the masked layer before (all ones before the first); biases
-    post. The unit-masked layers must follow each other as in ``model.modules()``; after a Flatten, each unit stands for its
-    positions. Empty before the first recorded task.
+    post. The unit-masked layers must follow each other as in ``model.modules()``; after a Flatten, each unit stands for
+    its positions. Empty before the first recorded task.
 
     Raises:
         ValueError: unit masks whose sizes do not follow from one layer to the next.

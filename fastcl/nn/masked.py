@@ -28,7 +28,7 @@ class MaskedLayer:
         compensate: whether the embedding's gradient is HAT's compensated one.
 
     In training ``scale`` is s and ``task`` None. ``begin_task()`` starts a new embedding, ``end_task()`` records its
-    mask; under :func:`use_task` the layer runs on a recorded one. ``reserved()`` is what all recorded tasks use together.
+    mask; under :func:`use_task` the layer runs on a recorded one. ``reserved()`` is what all recorded tasks use.
     """
 
     weight: nn.Parameter

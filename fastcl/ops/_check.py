@@ -34,9 +34,13 @@ def floating(op: str, name: str, t: Tensor) -> None:
         raise ValueError(f"{op}: {name} must be float32, float64, bfloat16 or float16")
 
 
-def like(op: str, name: str, t: Tensor, like_name: str, other: Tensor, *, dtype: bool = False) -> None:
+def device(op: str, name: str, t: Tensor, like_name: str, other: Tensor) -> None:
     if t.device != other.device:
         raise ValueError(f"{op}: {name} must be a {other.device.type.upper()} tensor like {like_name}")
+
+
+def like(op: str, name: str, t: Tensor, like_name: str, other: Tensor, *, dtype: bool = False) -> None:
+    device(op, name, t, like_name, other)
     if t.shape != other.shape:
         raise ValueError(
             f"{op}: {name} has shape {list(t.shape)} but must have the shape of {like_name}, {list(other.shape)}"
@@ -46,8 +50,19 @@ def like(op: str, name: str, t: Tensor, like_name: str, other: Tensor, *, dtype:
 
 
 def output(op: str, name: str, t: Tensor) -> None:
-    if any(size > 1 and stride == 0 for size, stride in zip(t.shape, t.stride(), strict=True)):
+    dims = [(stride, size) for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1]
+    if any(stride == 0 for stride, _ in dims) or (has_values(t) and t.numel() and _overlaps_itself(dims)):
         raise ValueError(f"{op}: {name} overlaps itself (an expanded tensor): write to a contiguous clone instead")
+
+
+def _overlaps_itself(dims: list[tuple[int, int]]) -> bool:
+    """Sorted by stride, every dimension must step over all that the smaller ones reach."""
+    reach = 0
+    for stride, size in sorted(dims):
+        if stride <= reach:
+            return True
+        reach += (size - 1) * stride
+    return False
 
 
 def distinct(op: str, name: str, outputs: Sequence[Tensor], **inputs: Sequence[Tensor]) -> None:
@@ -88,14 +103,14 @@ def not_negative(op: str, name: str, t: Tensor) -> None:
 
 def mask(op: str, name: str, t: Tensor, columns: Tensor | None, like_name: str, other: Tensor, values: bool) -> None:
     """A reserved mask in one of the forms of :func:`free_share`."""
-    if t.device != other.device:
-        raise ValueError(f"{op}: {name} must be a {other.device.type.upper()} tensor like {like_name}")
+    device(op, name, t, like_name, other)
     n = other.numel()
     if n == 0:
         return
     if columns is not None and columns.numel():
         if t.dtype not in FLOATS or columns.dtype not in FLOATS:
             raise ValueError(f"{op}: {name} and its columns must be float32, float64, bfloat16 or float16")
+        device(op, f"the columns of {name}", columns, like_name, other)
         if other.dim() < 2 or (t.shape, columns.shape) != (other.shape[:1], other.shape[1:2]):
             raise ValueError(
                 f"{op}: {name} and its columns have {t.numel()} and {columns.numel()} values but must be vectors with "
@@ -122,11 +137,11 @@ def mask(op: str, name: str, t: Tensor, columns: Tensor | None, like_name: str, 
 
 
 def dense(t: Tensor) -> Tensor:
-    """`t` if it fills its memory without gaps, in whatever order; else a contiguous copy."""
+    """`t` if it fills its memory without gaps, in whatever order; else a copy in that order."""
     expected = 1
     for dim in reversed(_memory_order(t)):
         if t.shape[dim] != 1 and t.stride(dim) != expected:
-            return t.contiguous()
+            return torch.empty_like(t).copy_(t)
         expected *= t.shape[dim]
     return t
 

@@ -17,8 +17,8 @@ class MaskedSGD(MaskedStep, torch.optim.SGD):
     r""":class:`torch.optim.SGD` on the gradients :math:`g\,(1 - r)`; entries with r = 1 keep every bit.
 
     HAT (Serra et al. 2018, eq. 2) and DGM (Ostapenko et al. 2019, eq. 4) mask gradients only, and a reserved weight
-    then still moves with stale momentum and weight decay. Here it does not, nor does its momentum: mask, momentum, decay
-    and update are one pass over memory. Without a mask the results are torch's, to rounding.
+    then still moves with stale momentum and weight decay. Here it does not, nor does its momentum: mask, momentum,
+    decay and update are one pass over memory. Without a mask the results are torch's, to rounding.
 
     Args:
         params, lr, momentum, dampening, weight_decay, nesterov, maximize: torch's. `foreach` and `fused` are accepted

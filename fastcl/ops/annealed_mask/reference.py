@@ -14,7 +14,8 @@ def annealed_mask(embedding: Tensor, scale: float) -> Tensor:
     _check.number("annealed_mask", "scale", scale)
     _check.floating("annealed_mask", "embedding", embedding)
     wide = torch.promote_types(embedding.dtype, torch.float32)
-    return torch.sigmoid(embedding.to(wide) * scale).to(embedding.dtype)
+    # in the embedding's memory order, as the kernel gives it
+    return torch.empty_like(embedding).copy_(torch.sigmoid(embedding.to(wide) * scale))
 
 
 def annealed_mask_backward(grad: Tensor, embedding: Tensor, scale: float) -> Tensor:
@@ -51,8 +52,7 @@ def compensated_mask_backward(grad: Tensor, embedding: Tensor, scale: float, s_m
     _scales(op, scale, s_max, kind)
     _check.like(op, "grad", grad, "embedding", embedding, dtype=True)
     _check.floating(op, "embedding", embedding)
-    like = _check.dense(embedding)
-    return torch.empty_like(like).copy_(grad.to(_wide(embedding)) * slope_of(embedding, scale, s_max, kind))
+    return torch.empty_like(embedding).copy_(grad.to(_wide(embedding)) * slope_of(embedding, scale, s_max, kind))
 
 
 def slope_of(embedding: Tensor, scale: float, s_max: float, compensation: int) -> Tensor:
@@ -115,6 +115,8 @@ def masked_weight_backward(
     per_unit = weight.shape != embedding.shape
     if grad_kept is not None and per_unit:
         raise ValueError(f"{op}: embedding must have the shape of weight")
+    if grad_kept is not None:
+        _check.device(op, "grad_kept", grad_kept, "weight", weight)
     if grad_kept is not None and grad_kept.numel() != 1:
         raise ValueError(f"{op}: grad_kept must be one number on the CPU")
     wide = _wide(weight)
@@ -141,6 +143,8 @@ def mask_sparsity(masks: list[Tensor], reserved: list[Tensor]) -> Tensor:
 def mask_sparsity_backward(grad: Tensor, masks: list[Tensor], reserved: list[Tensor]) -> list[Tensor]:
     op = "mask_sparsity_backward"
     _sparsity_problem(op, masks, reserved)
+    if masks:
+        _check.device(op, "grad", grad, "masks[0]", masks[0])
     if grad.numel() != 1:
         raise ValueError(f"{op}: grad must be one number on the CPU")
     _, free = _sums(masks, reserved)
@@ -148,11 +152,7 @@ def mask_sparsity_backward(grad: Tensor, masks: list[Tensor], reserved: list[Ten
     found = []
     for i, m in enumerate(masks):
         share = _share(reserved[i] if reserved else None, m)
-        found.append(
-            torch.empty_like(_check.dense(m)).copy_(
-                factor.to(_wide(m)) * (torch.ones_like(m) if share is None else share)
-            )
-        )
+        found.append(torch.empty_like(m).copy_(factor.to(_wide(m)) * (torch.ones_like(m) if share is None else share)))
     return found
 
 
@@ -171,7 +171,7 @@ def _share(reserved: Tensor | None, weight: Tensor) -> Tensor | None:
 
 
 def _like(weight: Tensor, embedding: Tensor) -> Tensor:
-    return torch.empty_like(_check.dense(weight) if weight.shape == embedding.shape else weight.contiguous())
+    return torch.empty_like(weight if weight.shape == embedding.shape else weight.contiguous())
 
 
 def _scales(op: str, scale: float, s_max: float, compensation: int) -> None:
@@ -195,6 +195,7 @@ def _weight_problem(
 ) -> None:
     _scales(op, scale, s_max, compensation)
     _check.floating(op, "weight", weight)
+    _check.device(op, "embedding", embedding, "weight", weight)
     if embedding.dtype != weight.dtype:
         raise ValueError(f"{op}: embedding must have the dtype of weight")
     sizes = [(e, w) for e, w in zip(embedding.shape, weight.shape, strict=False) if e != 1]

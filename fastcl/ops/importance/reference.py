@@ -30,7 +30,13 @@ def quadratic_penalty_backward(
     importances: list[Tensor],
     strength: float,
 ) -> list[Tensor]:
-    _check_problem("quadratic_penalty_backward", params, anchors, importances, strength, False)
+    op = "quadratic_penalty_backward"
+    _check_problem(op, params, anchors, importances, strength, False)
+    _check.floating(op, "grad_value", grad_value)
+    if grad_value.numel() != 1:
+        raise ValueError(f"{op}: grad_value must be one number")
+    if params:
+        _check.device(op, "grad_value", grad_value, "params[0]", params[0])
     return [
         torch.empty_like(p).copy_(grad_value.to(_wide(p)) * _slope(p, a, f, strength))
         for p, a, f in zip(params, anchors, importances, strict=True)
@@ -61,6 +67,7 @@ def quadratic_penalty_grad_(
 def accumulate_outer_(out: Tensor, grad: Tensor, activation: Tensor, power: int) -> None:
     op = "accumulate_outer_"
     _check_accumulator(op, "out", out, grad, power)
+    _check.device(op, "activation", activation, "out", out)
     if activation.dtype != grad.dtype:
         raise ValueError(f"{op}: activation must have the dtype of grad")
     if grad.dim() not in (2, 3):
@@ -94,6 +101,7 @@ def accumulate_conv_(
 ) -> None:
     op, spatial = "accumulate_conv_", out.dim() - 2
     _check_accumulator(op, "out", out, grad, power)
+    _check.device(op, "input", input, "out", out)
     if input.dtype != grad.dtype:
         raise ValueError(f"{op}: input must have the dtype of grad")
     if spatial not in (1, 2, 3):
@@ -114,8 +122,8 @@ def accumulate_conv_(
         if grad.shape[d + 2] and reach >= input.shape[d + 2] + 2 * padding[d]:
             raise ValueError(f"{op}: grad has more positions than this stride, padding and dilation give for input")
     _check.distinct(op, "out", [out], **{"grad, input": [grad, input]})
-    if 0 in (grad.numel(), input.numel(), out.numel()):
-        return
+    if not _check.has_values(out) or 0 in (grad.numel(), input.numel(), out.numel()):
+        return  # for a fake tensor the loop below would fix the number of samples
     weight_grad = (torch.nn.grad.conv1d_weight, torch.nn.grad.conv2d_weight, torch.nn.grad.conv3d_weight)[spatial - 1]
     g, x = grad.to(out.dtype), input.to(out.dtype)
     # sizes that the stride leaves over at the end reach no output: cut them off, which torch.nn.grad wants
@@ -165,6 +173,7 @@ def _check_accumulator(op: str, name: str, out: Tensor, grad: Tensor, power: int
     if power not in (1, 2):
         raise ValueError(f"{op}: power is {power} but must be 1 or 2")
     _check.output(op, name, out)
+    _check.device(op, "grad", grad, name, out)
     if out.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{op}: {name} must be float32 or float64, the types that sums are kept in")
     _check.floating(op, "grad", grad)

@@ -64,6 +64,7 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 def unpack_mask(packed: Tensor, like: Tensor) -> Tensor:
     n_bytes = (like.numel() + 7) // 8
+    _check.device("unpack_mask", "packed", packed, "like", like)
     if packed.dtype != torch.uint8 or packed.shape != (n_bytes,):
         raise ValueError(
             f"unpack_mask: packed must be uint8 of one dimension with {n_bytes} bytes, for the {like.numel()} "
@@ -134,12 +135,8 @@ def masked_adam_(
     for name, moments in (("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
         _check.lengths(op, name, len(moments), "params", len(params))
     states = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "max_exp_avg_sqs": max_exp_avg_sqs}
-    _check_step(op, params, states, grads, reserved, columns, check)
     _check.lengths(op, "steps", len(steps), "params", len(params))
-    for i, step in enumerate(steps):
-        if step.numel() != 1 or step.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"{op}: steps[{i}] must be one float32 or float64 number on the CPU")
-    _check.distinct(op, "steps", steps)
+    _check_step(op, params, states, grads, reserved, columns, check, steps)
     for i, p in enumerate(params):
         share, g = _gradient(i, p, grads, reserved, columns, 0 if decoupled else weight_decay, maximize)
         step = steps[i].add_(1).double().reshape(()).to(p.device)
@@ -199,6 +196,7 @@ def _check_step(
     reserved: list[Tensor],
     columns: list[Tensor],
     values: bool,
+    steps: list[Tensor] | None = None,
 ) -> None:
     _check.lengths(op, "grads", len(grads), "params", len(params))
     states = {name: list_ for name, list_ in states.items() if list_}
@@ -213,6 +211,10 @@ def _check_step(
         for name, list_ in states.items():
             _check.output(op, f"{name}[{i}]", list_[i])
             _check.like(op, f"{name}[{i}]", list_[i], f"params[{i}]", p, dtype=True)
-    mutated = [*params, *(t for list_ in states.values() for t in list_)]
+    for i, step in enumerate(steps or ()):
+        at_hand = step.device in (torch.device("cpu"), params[i].device)
+        if not at_hand or step.numel() != 1 or step.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{op}: steps[{i}] must be one float32 or float64 number on the CPU")
+    mutated = [*params, *(t for list_ in states.values() for t in list_), *(steps or ())]
     _check.distinct(op, "params and state", mutated, grads=grads, reserved=reserved, columns=columns)
     _masks(op, "params", params, reserved, columns, values)
