@@ -117,6 +117,7 @@ def masked_weight_backward(
         raise ValueError(f"{op}: embedding must have the shape of weight")
     if grad_kept is not None:
         _check.device(op, "grad_kept", grad_kept, "weight", weight)
+        _check.floating(op, "grad_kept", grad_kept)
     if grad_kept is not None and grad_kept.numel() != 1:
         raise ValueError(f"{op}: grad_kept must be one number on the CPU")
     wide = _wide(weight)
@@ -143,6 +144,7 @@ def mask_sparsity(masks: list[Tensor], reserved: list[Tensor]) -> Tensor:
 def mask_sparsity_backward(grad: Tensor, masks: list[Tensor], reserved: list[Tensor]) -> list[Tensor]:
     op = "mask_sparsity_backward"
     _sparsity_problem(op, masks, reserved)
+    _check.floating(op, "grad", grad)
     if masks:
         _check.device(op, "grad", grad, "masks[0]", masks[0])
     if grad.numel() != 1:

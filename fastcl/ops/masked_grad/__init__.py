@@ -52,7 +52,7 @@ def masked_grad_(grads: Sequence[Tensor], reserved: Sequence[Tensor]) -> None:
         >>> g = torch.tensor([1.0, 2.0]); fastcl.ops.masked_grad_([g], [torch.tensor([True, False])]); g
         tensor([0., 2.])
     """
-    if tuple in map(type, reserved):
+    if isinstance(reserved, (list, tuple)) and tuple in map(type, reserved):
         pairs = [r if type(r) is tuple else (r, r.new_empty(0)) for r in reserved]
         masked_grad_any_(grads, [rows for rows, _ in pairs], [columns for _, columns in pairs])
         return

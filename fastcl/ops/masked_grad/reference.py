@@ -56,6 +56,8 @@ def _masked_grad_any(op: str, grads: list[Tensor], reserved: list[Tensor], colum
 def pack_mask(mask: Tensor) -> Tensor:
     if mask.dtype != torch.bool:
         raise ValueError("pack_mask: mask must be a bool tensor")
+    if not _check.has_values(mask):  # the padding below would fix its size
+        return mask.new_empty((mask.numel() + 7) // 8, dtype=torch.uint8)
     bits = _check.flat(mask)
     n = bits.numel()
     bits = torch.cat([bits, bits.new_zeros(-n % 8)]).reshape(-1, 8).to(torch.uint8)
@@ -70,7 +72,7 @@ def unpack_mask(packed: Tensor, like: Tensor) -> Tensor:
             f"unpack_mask: packed must be uint8 of one dimension with {n_bytes} bytes, for the {like.numel()} "
             "elements of like"
         )
-    return _check.unpack(packed, like)
+    return _check.unpack(packed, like) if _check.has_values(like) else torch.empty_like(like, dtype=torch.bool)
 
 
 def masked_sgd_(
