@@ -139,6 +139,12 @@ def _step(states: int, extra: Callable[[], list[Any]], options: tuple[Any, ...])
     return make
 
 
+def _path(s: Shape, d: torch.dtype, layout: Layout, kinds: str) -> list[list[Tensor]]:
+    """Lists for path.cpp, two tensors each. v: the parameters' dtype, w: the sums', b: bfloat16."""
+    dtypes = {"v": d, "w": _sums(d), "b": torch.bfloat16}
+    return [[positive(s, dtypes[kind], layout), positive((3,), dtypes[kind])] for kind in kinds]
+
+
 # The key is the op's name, and what is special about the sample after a colon.
 OPS: dict[str, Sample] = {
     "masked_grad_": Sample(_masked, mutates=1),
@@ -207,6 +213,18 @@ OPS: dict[str, Sample] = {
         lambda s, d, layout: ([values(s, d, layout), values((3,), d)], *_problem(s, d, layout, torch.float32), True),
         mutates=1,
     ),
+    "accumulate_path_": Sample(lambda s, d, layout: tuple(_path(s, d, layout, "wvvv")), mutates=1),
+    "accumulate_walk_": Sample(lambda s, d, layout: (*_path(s, d, layout, "wwwvvv"), 0.3), mutates=3),
+    "score_walk_": Sample(lambda s, d, layout: (*_path(s, _sums(d), layout, "wwww"), 0.1), mutates=3),
+    "consolidate_path_": Sample(lambda s, d, layout: (*_path(s, d, layout, "vwvv"), 0.1), mutates=3),
+    "consolidate_path_:importances in bf16": Sample(
+        lambda s, d, layout: (*_path(s, d, layout, "bwvv"), 0.1), mutates=3
+    ),
+    "merge_importances_": Sample(lambda s, d, layout: (*_path(s, d, layout, "ww"), 0.5, 2.0), mutates=1),
+    "merge_importances_:importances in bf16": Sample(
+        lambda s, d, layout: (*_path(s, d, layout, "bw"), 0.5, 2.0), mutates=1
+    ),
+    "merge_anchored_": Sample(lambda s, d, layout: tuple(_path(s, d, layout, "vvwv")), mutates=2),
     "soft_threshold_": Sample(lambda s, d, layout: ([values(s, d, layout), values(s, d)], 0.5), mutates=1),
     "accumulate_outer_": Sample(_outer, mutates=1, shaped=False, large=(60, 170)),
     "accumulate_outer_:one position": Sample(

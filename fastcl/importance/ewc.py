@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from .fisher import KINDS, Loss, fisher_diagonal
 from .regulariser import Regulariser
 
@@ -78,21 +79,14 @@ class EWC(Regulariser):
             raise ValueError(f"fisher must have the parameters {sorted(params)[:3]} ..., got {sorted(fisher)[:3]} ...")
         for name, f in fisher.items():
             self._check(name, f)
+        if self.form != "separate":
+            self._accumulate(fisher, self.gamma if self.form == "online" else 1.0)
+            return
         self._aligned()  # old importances take the shape of grown parameters
-        anchors = {name: p.detach().clone() for name, p in params.items()}
-        merged, constant = {}, self.constant
-        for name, f in fisher.items():
-            old = self.importances.get(name)
-            if old is None:
-                merged[name] = f.clone()
-                continue
-            old = old.to(f.dtype)
-            decay = self.gamma if self.form == "online" else 1.0
-            merged[name] = f + decay * old
-            if self.form == "separate":
-                share = torch.where(merged[name] > 0, f / merged[name], 1.0)  # of the new task in the common anchor
-                apart = anchors[name].to(f.dtype) - self.anchors[name].to(f.dtype)
-                constant += 0.5 * (old * share * apart.square()).sum(dtype=torch.float64).item()
-                anchors[name] = (self.anchors[name].to(f.dtype) + share * apart).to(anchors[name].dtype)
-        self._set(merged, anchors)
-        self.constant = constant
+        known = [name for name in fisher if name in self.importances]
+        importances, anchors, fresh = (
+            [values[n] for n in known] for values in (self.importances, self.anchors, fisher)
+        )
+        self.constant += ops.merge_anchored_(importances, anchors, fresh, [params[n].detach() for n in known]).item()
+        self._begin(fisher)
+        self.tasks += 1

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .regulariser import Regulariser
+from .regulariser import Regulariser, grown
 
 
 class PathRegulariser(Regulariser):
@@ -21,6 +21,8 @@ class PathRegulariser(Regulariser):
     with :meth:`penalty` in the loss the two can no longer be told apart.
     """
 
+    _sums: tuple[str, ...] = ()  # attributes, each name -> a sum of the parameter's shape
+
     def __init__(
         self,
         model: nn.Module,
@@ -31,7 +33,8 @@ class PathRegulariser(Regulariser):
     ) -> None:
         super().__init__(model, strength, dtype=dtype)
         self.start = {name: p.detach().clone() for name, p in self._params().items()}  # where the task began
-        self._before: dict[str, tuple[Tensor, Tensor]] | None = None  # parameter and task gradient before the step
+        self._names: list[str] | None = None  # of the parameters of the step that is under way
+        self._kept: dict[str, tuple[Tensor, Tensor]] = {}  # memory for their values and task gradients before it
         if optimizer is not None:
             self.attach(optimizer)
 
@@ -40,7 +43,7 @@ class PathRegulariser(Regulariser):
         me = weakref.ref(self)  # the optimizer's hooks must not keep the regulariser alive
 
         def before(*_: Any) -> None:
-            if (regulariser := me()) is not None and regulariser._before is None:
+            if (regulariser := me()) is not None and regulariser._names is None:
                 regulariser.before_step()
 
         def after(*_: Any) -> None:
@@ -53,30 +56,43 @@ class PathRegulariser(Regulariser):
     @torch.no_grad()
     def before_step(self) -> None:
         """Notes where the parameters are and the task's gradient; call it before `add_gradients`."""
-        self._before = {
-            n: (p.detach().clone(), p.grad.clone()) for n, p in self._params().items() if p.grad is not None
-        }
+        self._grow()
+        params = {name: p for name, p in self._params().items() if p.grad is not None}
+        for name, p in params.items():
+            if name not in self._kept or self._kept[name][0].shape != p.shape:
+                self._kept[name] = (torch.empty_like(p), torch.empty_like(p))
+        self._names = list(params)
+        torch._foreach_copy_([self._kept[n][0] for n in params], list(params.values()))
+        torch._foreach_copy_([self._kept[n][1] for n in params], [p.grad for p in params.values()])
 
     @torch.no_grad()
     def add_gradients(self) -> Tensor:
         """Notes the task's gradient if `before_step` has not, then adds the penalty's; returns the penalty."""
-        if self._before is None:
+        if self._names is None:
             self.before_step()
         return super().add_gradients()
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Accumulates this step. RuntimeError without a `before_step`."""
-        if self._before is None:
+        if self._names is None:
             raise RuntimeError("after_step: call before_step (or add_gradients) before optimizer.step()")
-        params = self._params()
-        for name, (old, grad) in self._before.items():
-            self._step(name, grad, params[name].detach() - old)
-        self._before = None
+        names, self._names = self._names, None
+        params, kept = self._params(), [self._kept[n] for n in names]
+        self._step(names, [g for _, g in kept], [params[n].detach() for n in names], [p for p, _ in kept])
 
-    def _step(self, name: str, grad: Tensor, moved: Tensor) -> None:
-        """One parameter's share of one step: its task gradient and how far it moved."""
+    def _step(self, names: list[str], grads: list[Tensor], params: list[Tensor], before: list[Tensor]) -> None:
+        """One step: the task's gradients, the parameters after it and before it."""
         raise TypeError(f"{type(self).__name__} must say what it accumulates")
+
+    def _grow(self) -> None:
+        """Sums take the shape of parameters that have grown; new entries have not moved yet."""
+        for name, p in self._params().items():
+            if self.start[name].shape != p.shape:
+                self.start[name] = grown(name, self.start[name], p, fill=p)
+                for sum_ in self._sums:
+                    if name in (values := getattr(self, sum_)):
+                        values[name] = grown(name, values[name], p, fill=None)
 
     def _restart(self) -> None:
         self.start = {name: p.detach().clone() for name, p in self._params().items()}
@@ -92,4 +108,4 @@ class PathRegulariser(Regulariser):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.start = {name: t.clone() for name, t in state["start"].items()}
-        self._before = None
+        self._names = None

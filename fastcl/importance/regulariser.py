@@ -98,8 +98,8 @@ class Regulariser:
             if name not in self.importances:
                 continue
             if self.importances[name].shape != p.shape:
-                self.importances[name] = _grown(name, self.importances[name], p, fill=None)
-                self.anchors[name] = _grown(name, self.anchors[name], p, fill=p)
+                self.importances[name] = grown(name, self.importances[name], p, fill=None)
+                self.anchors[name] = grown(name, self.anchors[name], p, fill=p)
             params.append(p)
         names = [name for name in self._params() if name in self.importances]
         return params, [self.anchors[n] for n in names], [self.importances[n] for n in names]
@@ -113,25 +113,24 @@ class Regulariser:
         for name, f in new.items():
             self._check(name, f)
         self._aligned()  # old importances take the shape of grown parameters
-        merged = {
-            name: old_share * self.importances[name].to(f.dtype) + new_share * f
-            if name in self.importances
-            else f.clone()
-            for name, f in new.items()
-        }
-        self._set(merged, {name: p.detach().clone() for name, p in params.items()})
-
-    def _set(self, importances: dict[str, Tensor], anchors: dict[str, Tensor]) -> None:
-        """Takes checked importances and anchors over; the last step of a consolidation."""
-        for name, f in importances.items():
-            self._check(name, f)
-        self.importances = {n: f if self.dtype is None else f.to(self.dtype) for n, f in importances.items()}
-        self.anchors = anchors
+        known = [name for name in new if name in self.importances]
+        ops.merge_importances_([self.importances[n] for n in known], [new[n] for n in known], old_share, new_share)
+        self._begin(new)
+        for name, p in params.items():
+            self.anchors[name].copy_(p)
         self.tasks += 1
+
+    def _begin(self, new: dict[str, Tensor]) -> None:
+        """Takes over checked importances of parameters that had none, anchored where the parameters are."""
+        for name, f in new.items():
+            if name not in self.importances:
+                self.importances[name] = f.to(self.dtype or f.dtype, copy=True)
+                self.anchors[name] = self._params()[name].detach().clone()
 
 
 @torch.no_grad()
-def _grown(name: str, old: Tensor, param: Tensor, fill: Tensor | None) -> Tensor:
+def grown(name: str, old: Tensor, param: Tensor, fill: Tensor | None) -> Tensor:
+    """`old` in the leading corner of a tensor of `param`'s shape; the rest is `fill`'s, or zeros."""
     if old.dim() != param.dim() or any(a > b for a, b in zip(old.shape, param.shape, strict=True)):
         raise ValueError(f"{name} had shape {list(old.shape)} and has {list(param.shape)} now: it may grow, not shrink")
     new = old.new_zeros(param.shape) if fill is None else fill.detach().to(old.dtype, copy=True)

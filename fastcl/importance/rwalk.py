@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from .path import PathRegulariser
 
 
@@ -32,6 +33,8 @@ class RWalk(PathRegulariser):
         >>> rwalk = fastcl.RWalk(model, 1.0, optimizer)
         >>> loss.backward(); rwalk.add_gradients(); optimizer.step()   # after each task: rwalk.consolidate()
     """
+
+    _sums = ("fisher", "gain", "moved", "score", "old_score")
 
     def __init__(
         self,
@@ -64,28 +67,23 @@ class RWalk(PathRegulariser):
         if self.steps % self.delta_t == 0:
             self._close_window()
 
-    def _step(self, name: str, grad: Tensor, moved: Tensor) -> None:
-        fisher = self.fisher[name]
-        grad, moved = grad.to(fisher.dtype), moved.to(fisher.dtype)
-        fisher.mul_(1 - self.alpha).addcmul_(grad, grad, value=self.alpha)
-        self.gain[name].addcmul_(grad, moved, value=-1)  # the loss decrease that this movement explains
-        self.moved[name] += moved
+    def _step(self, names: list[str], grads: list[Tensor], params: list[Tensor], before: list[Tensor]) -> None:
+        sums = ([values[n] for n in names] for values in (self.fisher, self.gain, self.moved))
+        ops.accumulate_walk_(*sums, grads, params, before, self.alpha)
 
     def _close_window(self) -> None:
-        for name, score in self.score.items():
-            distance = 0.5 * self.fisher[name] * self.moved[name].square() + self.epsilon
-            score += (self.gain[name] / distance).clamp_(min=0)
-            self.gain[name].zero_()
-            self.moved[name].zero_()
+        sums = ([*values.values()] for values in (self.score, self.gain, self.moved, self.fisher))
+        ops.score_walk_(*sums, self.epsilon)
 
     @torch.no_grad()
     def consolidate(self, batches: Any = None) -> None:
         """Ends a task; `batches` are not needed and may be left out."""
+        self._grow()
         if self.steps % self.delta_t:
             self._close_window()
         fisher, score = _to_maximum_1(self.fisher), _to_maximum_1(self.score)
         if self.old_score:
-            score = {name: 0.5 * (s + _fitted(self.old_score[name], s)) for name, s in score.items()}
+            score = {name: 0.5 * (s + self.old_score[name]) for name, s in score.items()}
         self._accumulate({name: fisher[name] + score[name] for name in fisher}, old_share=0.0)
         self.old_score = score
         self.score, self.gain, self.moved = self._zeros(), self._zeros(), self._zeros()
@@ -106,12 +104,3 @@ class RWalk(PathRegulariser):
 def _to_maximum_1(values: dict[str, Tensor]) -> dict[str, Tensor]:
     largest = max((v.max().item() for v in values.values() if v.numel()), default=0.0)
     return {name: v / largest if largest > 0 else v.clone() for name, v in values.items()}
-
-
-def _fitted(old: Tensor, new: Tensor) -> Tensor:
-    """Old scores of a parameter that has grown, with zeros for its new entries."""
-    if old.shape == new.shape:
-        return old
-    wide = torch.zeros_like(new)
-    wide[tuple(slice(size) for size in old.shape)] = old
-    return wide

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from .path import PathRegulariser
 
 
@@ -28,6 +29,8 @@ class SI(PathRegulariser):
         >>> loss.backward(); si.add_gradients(); optimizer.step()    # after each task: si.consolidate()
     """
 
+    _sums = ("omega",)
+
     def __init__(
         self,
         model: nn.Module,
@@ -44,20 +47,26 @@ class SI(PathRegulariser):
         self.xi = xi
         self.omega = self._zeros()
 
-    def _step(self, name: str, grad: Tensor, moved: Tensor) -> None:
-        self.omega[name].addcmul_(grad.to(self.omega[name].dtype), moved.to(self.omega[name].dtype), value=-1)
+    def _step(self, names: list[str], grads: list[Tensor], params: list[Tensor], before: list[Tensor]) -> None:
+        ops.accumulate_path_([self.omega[n] for n in names], grads, params, before)
 
     @torch.no_grad()
     def consolidate(self, batches: Any = None) -> None:
         """Ends a task; `batches` are not needed and may be left out."""
-        wide = {name: t.dtype for name, t in self.omega.items()}
-        new = {}
-        for name, p in self._params().items():
-            travelled = (p.detach() - self.start[name]).to(wide[name])
-            new[name] = self.omega[name].clamp(min=0) / (travelled.square() + self.xi)
-        self._accumulate(new)
-        self.omega = self._zeros()
-        self._restart()
+        self._aligned()  # old importances take the shape of grown parameters
+        self._grow()
+        params = {name: p.detach() for name, p in self._params().items()}
+        importances = {
+            name: self.importances.get(name, torch.zeros_like(self.omega[name], dtype=self.dtype)) for name in params
+        }
+        ops.consolidate_path_(
+            *([values[n] for n in params] for values in (importances, self.omega, self.start)),
+            list(params.values()),
+            self.xi,
+        )
+        self.importances = importances
+        self.anchors = {name: start.clone() for name, start in self.start.items()}
+        self.tasks += 1
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "omega": dict(self.omega)}

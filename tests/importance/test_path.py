@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -148,3 +150,42 @@ def test_bad_input() -> None:
             fastcl.RWalk(model, 1.0, **{wrong: 0})
     with pytest.raises(RuntimeError, match="call before_step"):
         fastcl.SI(model, 1.0).after_step()
+
+
+@pytest.mark.parametrize("kind", [fastcl.SI, fastcl.RWalk])
+def test_grown_head_keeps_what_it_gathered(kind: Any) -> None:
+    """New rows start with nothing; the old ones come out as if the head had not grown."""
+    found = []
+    for grow in (False, True):
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        regulariser = kind(model, 1.0, optimizer)
+        train(model, optimizer, regulariser, 10)
+        if grow:
+            head = model[2]
+            wide = nn.Linear(8, 6).double()
+            with torch.no_grad():
+                wide.weight[:4], wide.bias[:4] = head.weight, head.bias
+            model[2] = wide
+        regulariser.consolidate()
+        found.append(regulariser.importances["2.weight"])
+    assert found[1].shape == (6, 8)
+    torch.testing.assert_close(found[1][:4], found[0])
+    assert (found[1][4:] == 0).all()
+
+
+def test_a_task_that_diverged_is_refused_and_nothing_changes() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    si = fastcl.SI(model, 1.0, optimizer)
+    train(model, optimizer, si, 3)
+    si.consolidate()
+    train(model, optimizer, si, 3)
+    si.omega["0.weight"][0, 0] = math.inf
+    before = copy.deepcopy(si.state_dict())
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        si.consolidate()
+    after = si.state_dict()
+    assert after["tasks"] == before["tasks"] == 1
+    for key in ("importances", "anchors", "start", "omega"):
+        assert all(torch.equal(t, before[key][name]) for name, t in after[key].items())

@@ -9,6 +9,28 @@ from torch import Tensor
 
 from ..._ops import call, call_in_place, define, differentiable, not_differentiable
 from . import reference
+from .path import (
+    accumulate_path_,
+    accumulate_walk_,
+    consolidate_path_,
+    merge_anchored_,
+    merge_importances_,
+    score_walk_,
+)
+
+__all__ = [
+    "accumulate_affine_",
+    "accumulate_conv_",
+    "accumulate_outer_",
+    "accumulate_path_",
+    "accumulate_walk_",
+    "consolidate_path_",
+    "merge_anchored_",
+    "merge_importances_",
+    "quadratic_penalty",
+    "quadratic_penalty_grad_",
+    "score_walk_",
+]
 
 _PROBLEM = "Tensor[] params, Tensor[] anchors, Tensor[] importances, float strength"
 _quadratic_penalty = define(f"quadratic_penalty({_PROBLEM}, bool check) -> Tensor", reference.quadratic_penalty)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -192,6 +194,153 @@ def _value(total: Tensor | int, params: list[Tensor], strength: float) -> Tensor
     device = params[0].device if params else torch.device("cpu")
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
     return (0.5 * strength * torch.as_tensor(total, device=device)).to(dtype)
+
+
+def accumulate_path_(omegas: list[Tensor], grads: list[Tensor], params: list[Tensor], before: list[Tensor]) -> None:
+    op = "accumulate_path_"
+    _check_lists(op, params=(params, _VALUE), omegas=(omegas, _SUM_), grads=(grads, _VALUE), before=(before, _VALUE))
+    for omega, g, p, b in zip(omegas, grads, params, before, strict=True):
+        omega.sub_(g.to(omega.dtype) * (p.to(omega.dtype) - b.to(omega.dtype)))
+
+
+def accumulate_walk_(
+    fishers: list[Tensor],
+    gains: list[Tensor],
+    moved: list[Tensor],
+    grads: list[Tensor],
+    params: list[Tensor],
+    before: list[Tensor],
+    alpha: float,
+) -> None:
+    op = "accumulate_walk_"
+    if not 0 < alpha <= 1:
+        raise ValueError(f"{op}: alpha is {alpha} but must lie in (0, 1]")
+    _check_lists(
+        op,
+        params=(params, _VALUE),
+        fishers=(fishers, _SUM_),
+        gains=(gains, _SUM_),
+        moved=(moved, _SUM_),
+        grads=(grads, _VALUE),
+        before=(before, _VALUE),
+    )
+    for fisher, gain, m, g, p, b in zip(fishers, gains, moved, grads, params, before, strict=True):
+        g, step = g.to(fisher.dtype), p.to(fisher.dtype) - b.to(fisher.dtype)
+        fisher.copy_((1 - alpha) * fisher + alpha * g * g)
+        gain.sub_(g * step)
+        m.add_(step)
+
+
+def score_walk_(
+    scores: list[Tensor], gains: list[Tensor], moved: list[Tensor], fishers: list[Tensor], epsilon: float
+) -> None:
+    op = "score_walk_"
+    _positive(op, "epsilon", epsilon)
+    _check_lists(op, scores=(scores, _SUM_), gains=(gains, _SUM_), moved=(moved, _SUM_), fishers=(fishers, _SUM))
+    for score, gain, m, fisher in zip(scores, gains, moved, fishers, strict=True):
+        score.add_((gain / (0.5 * fisher * m * m + epsilon)).clamp(min=0))
+        gain.zero_()
+        m.zero_()
+
+
+def consolidate_path_(
+    importances: list[Tensor], omegas: list[Tensor], starts: list[Tensor], params: list[Tensor], xi: float
+) -> None:
+    op = "consolidate_path_"
+    _positive(op, "xi", xi)
+    _check_lists(
+        op,
+        params=(params, _VALUE),
+        importances=(importances, _STORED_),
+        omegas=(omegas, _SUM_),
+        starts=(starts, _VALUE_),
+    )
+    fresh = []
+    for i, (f, omega, start, p) in enumerate(zip(importances, omegas, starts, params, strict=True)):
+        distance = p.to(omega.dtype) - start.to(omega.dtype)
+        fresh.append(f.to(omega.dtype) + omega.clamp(min=0) / (distance * distance + xi))
+        if _check.has_values(f) and not (fresh[-1] <= torch.finfo(omega.dtype).max).all():
+            raise ValueError(f"{op}: omegas[{i}] would give NaN or infinite importances")
+    for f, omega, start, p, new in zip(importances, omegas, starts, params, fresh, strict=True):
+        f.copy_(new)
+        omega.zero_()
+        start.copy_(p)
+
+
+def merge_importances_(importances: list[Tensor], fresh: list[Tensor], old_share: float, fresh_share: float) -> None:
+    op = "merge_importances_"
+    _check.number(op, "old_share", old_share)
+    _check.number(op, "fresh_share", fresh_share)
+    _check_lists(op, fresh=(fresh, _SUM), importances=(importances, _STORED_))
+    _check_fresh(op, fresh)
+    for f, new in zip(importances, fresh, strict=True):
+        f.copy_(old_share * f.to(new.dtype) + fresh_share * new)
+
+
+def merge_anchored_(
+    importances: list[Tensor], anchors: list[Tensor], fresh: list[Tensor], params: list[Tensor]
+) -> Tensor:
+    op = "merge_anchored_"
+    _check_lists(
+        op,
+        params=(params, _VALUE),
+        importances=(importances, _STORED_),
+        anchors=(anchors, _VALUE_),
+        fresh=(fresh, _SUM),
+    )
+    _check_fresh(op, fresh)
+    constant = torch.zeros((), dtype=torch.float64, device=params[0].device if params else None)
+    for f, a, new, p in zip(importances, anchors, fresh, params, strict=True):
+        old = f.to(new.dtype)
+        total = old + new
+        share = torch.where(total > 0, new / total, 1.0)
+        apart = p.to(new.dtype) - a.to(new.dtype)
+        constant = constant + 0.5 * (old * share * apart * apart).sum(dtype=torch.float64)
+        a.copy_(a.to(new.dtype) + share * apart)
+        f.copy_(total)
+    return constant
+
+
+# A list's dtype, and whether it is written: the parameters' own, the one sums are kept in, the one importances are
+# stored in (the parameters', float32 or bfloat16).
+_VALUE, _VALUE_, _SUM, _SUM_, _STORED_ = "value", "value_", "sum", "sum_", "stored_"
+
+
+def _check_lists(op: str, **lists: tuple[list[Tensor], str]) -> None:
+    """The first list is the one that the others must match."""
+    (first_name, (first, first_kind)), *_ = lists.items()
+    for name, (tensors, kind) in lists.items():
+        _check.lengths(op, name, len(tensors), first_name, len(first))
+        for i, (t, like) in enumerate(zip(tensors, first, strict=True)):
+            said, of = f"{name}[{i}]", f"{first_name}[{i}]"
+            if kind.endswith("_"):
+                _check.output(op, said, t)
+            if tensors is first:
+                _check.floating(op, said, t)
+                if first_kind.startswith(_SUM) and t.dtype not in (torch.float32, torch.float64):
+                    raise ValueError(f"{op}: {said} must be float32 or float64, the types that sums are kept in")
+                continue
+            _check.like(op, said, t, of, like, dtype=kind.startswith(_VALUE))
+            if kind.startswith(_SUM) and t.dtype != _wide(like):
+                raise ValueError(
+                    f"{op}: {said} must be {str(_wide(like))[6:]}, the type that sums for {of} are kept in"
+                )
+            if kind == _STORED_ and t.dtype not in (like.dtype, torch.float32, torch.bfloat16):
+                raise ValueError(f"{op}: {said} must have the dtype of {of}, float32 or bfloat16")
+    written = [t for tensors, kind in lists.values() if kind.endswith("_") for t in tensors]
+    read = {name: tensors for name, (tensors, kind) in lists.items() if not kind.endswith("_")}
+    _check.distinct(op, "written lists", written, **read)
+
+
+def _check_fresh(op: str, fresh: list[Tensor]) -> None:
+    for i, f in enumerate(fresh):
+        if _check.has_values(f) and not ((f >= 0) & (f <= torch.finfo(f.dtype).max)).all():
+            raise ValueError(f"{op}: fresh[{i}] has NaN, infinite or negative values")
+
+
+def _positive(op: str, name: str, value: float) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{op}: {name} is {value} but must be finite and positive")
 
 
 def _check_problem(

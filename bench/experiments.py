@@ -1,0 +1,167 @@
+"""Accuracies on real MNIST: `python bench/experiments.py TABLE [--jobs 2]` runs what is missing and writes the table.
+
+Every run is one line of bench/results/<TABLE>.jsonl, appended when it ends: a command that was stopped goes on where it
+was. The table is bench/results/<TABLE>.md. Each run has one thread, so that `--jobs` of them share a machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+SEEDS = range(5)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One row's worth of runs: a label, and the arguments of fastcl.runner.Config without the seed."""
+
+    label: str
+    method: str
+    setting: str = "task"
+    scenario: str = "split"
+    options: dict[str, Any] = field(default_factory=dict)
+    rest: dict[str, Any] = field(default_factory=dict)  # epochs, tasks, lr
+    seeds: int = len(SEEDS)
+
+    def key(self, seed: int) -> str:
+        return json.dumps({**asdict(self), "seeds": None, "seed": seed}, sort_keys=True)
+
+
+# strengths chosen with `python bench/experiments.py strengths`, seed 100, which no table uses
+STRENGTHS: dict[tuple[str, str], dict[str, float]] = {}
+PERMUTED = {"epochs": 3, "tasks": 10}
+WIDE = {"hidden": (1000, 1000)}
+
+
+def importances() -> Iterator[Experiment]:
+    """EWC, online EWC, SI, MAS, RWalk between fine-tuning and joint training, in every setting."""
+    for scenario, setting in (("split", "task"), ("split", "domain"), ("split", "class"), ("permuted", "domain")):
+        rest, wide = (PERMUTED, WIDE) if scenario == "permuted" else ({}, {})
+        for label, method, options in (
+            ("fine-tuning", "finetune", {}),
+            ("EWC (separate anchors)", "ewc", {"form": "separate"}),
+            ("online EWC", "ewc", {"form": "online"}),
+            ("SI", "si", {}),
+            ("MAS", "mas", {}),
+            ("RWalk", "rwalk", {}),
+            ("joint", "joint", {}),
+        ):
+            if (scenario, method) == ("permuted", "joint"):
+                continue  # ten times the data in the last task: an hour a seed
+            strength = STRENGTHS.get((scenario, setting), {}).get(method)
+            chosen = {} if strength is None else {"strength": strength}
+            yield Experiment(label, method, setting, scenario, {**options, **chosen, **wide}, rest)
+
+
+def strengths() -> Iterator[Experiment]:
+    """The search behind STRENGTHS: one seed."""
+    grid = {
+        "ewc": (1e1, 1e2, 1e3, 1e4, 1e5, 1e6),
+        "mas": (1e-2, 1e-1, 1.0, 1e1, 1e2),
+        "si": (1e-1, 1.0, 1e1, 1e2, 1e3),
+        "rwalk": (1e-1, 1.0, 1e1, 1e2, 1e3),
+    }
+    for scenario, setting in (("split", "task"), ("split", "domain"), ("split", "class"), ("permuted", "domain")):
+        rest, wide = ({"epochs": 1, "tasks": 5}, WIDE) if scenario == "permuted" else ({}, {})
+        for method, values in grid.items():
+            for strength in values:
+                label = f"{method} {strength:g}"
+                yield Experiment(label, method, setting, scenario, {"strength": strength, **wide}, rest, seeds=1)
+
+
+TABLES: dict[str, Callable[[], Iterator[Experiment]]] = {"importances": importances, "strengths": strengths}
+
+
+def run(job: tuple[str, dict[str, Any], str]) -> dict[str, Any]:
+    key, arguments, data_root = job
+    import torch
+
+    torch.set_num_threads(1)
+    from fastcl.runner import Config, Run
+
+    result = Run(Config(data="mnist", data_root=data_root, **arguments)).train()
+    kept = ("average_accuracy", "forgetting", "accuracy", "parameters", "seconds", "versions")
+    return {"key": key, **{name: result[name] for name in kept}}
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    if not path.exists():
+        return {}
+    return {line["key"]: line for line in map(json.loads, path.read_text().splitlines())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--data-root", default=os.environ.get("FASTCL_DATA", HERE.parent.parent / "shared/data/mnist"))
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2))
+    arguments = parser.parse_args()
+    experiments = list(TABLES[arguments.table]())
+    lines = RESULTS / f"{arguments.table}.jsonl"
+    done = read(lines)
+    jobs = []
+    for n in range(max(e.seeds for e in experiments)):  # one seed of everything before the next
+        for e in experiments:
+            seed = 100 + n if arguments.table == "strengths" else n
+            if n < e.seeds and e.key(seed) not in done:
+                config = {"method": e.method, "setting": e.setting, "scenario": e.scenario, "options": e.options}
+                jobs.append((e.key(seed), {**config, **e.rest, "seed": seed}, str(arguments.data_root)))
+    # spawned: torch's OpenMP threads do not survive a fork
+    with multiprocessing.get_context("spawn").Pool(arguments.jobs, maxtasksperchild=1) as pool:
+        for i, line in enumerate(pool.imap_unordered(run, jobs), 1):
+            with lines.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            chosen = json.loads(line["key"])
+            print(f"{i}/{len(jobs)} {chosen['scenario']} {chosen['setting']} {chosen['label']}", end=" ", flush=True)
+            print(f"seed {chosen['seed']}: {100 * line['average_accuracy']:.2f}%, {line['seconds']:.0f} s", flush=True)
+    (RESULTS / f"{arguments.table}.md").write_text(table(arguments.table, experiments, read(lines)))
+
+
+def table(name: str, experiments: list[Experiment], done: dict[str, dict[str, Any]]) -> str:
+    first = 100 if name == "strengths" else 0
+    versions = next(iter(done.values()))["versions"] if done else {}
+    described = ", ".join(f"{k} {v}" for k, v in versions.items())
+    text = [
+        f"# {name}",
+        "",
+        f"`python bench/experiments.py {name}`: real MNIST, means over seeds (± standard deviation).",
+    ]
+    text += ["Average accuracy over all tasks after the last one, forgetting as in Chaudhry et al. 2018.", described]
+    groups: dict[tuple[str, str], list[Experiment]] = {}
+    for e in experiments:
+        groups.setdefault((e.scenario, e.setting), []).append(e)
+    for (scenario, setting), rows in groups.items():
+        text += ["", f"## {scenario} MNIST, {setting} setting", ""]
+        text += ["| method | options | accuracy | forgetting | seconds | seeds |", "|---|---|---|---|---|---|"]
+        for e in rows:
+            lines = [done[k] for k in (e.key(first + n) for n in range(e.seeds)) if k in done]
+            if not lines:
+                continue
+            options = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in e.options.items())
+            accuracy, forgetting = ([100 * x[c] for x in lines] for c in ("average_accuracy", "forgetting"))
+            seconds = statistics.mean(x["seconds"] for x in lines)
+            row = (
+                f"| {e.label} | {options} | {spread(accuracy)} | {spread(forgetting)} | {seconds:.0f} | {len(lines)} |"
+            )
+            text.append(row)
+    return "\n".join(text) + "\n"
+
+
+def spread(values: list[float]) -> str:
+    mean = statistics.mean(values)
+    return f"{mean:.2f}" if len(values) < 2 else f"{mean:.2f} ± {statistics.stdev(values):.2f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

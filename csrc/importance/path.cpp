@@ -1,0 +1,378 @@
+// What SI and RWalk gather along the optimizer's path, and what becomes of importances at a task's end. Memory bound,
+// so each is one pass over its lists.
+#include <cmath>
+#include <limits>
+
+#include "../common/cpu.h"
+#include "math.h"
+
+namespace fastcl {
+namespace {
+
+constexpr int kLanes = 16;  // partial sums; fixed, so that a sum does not depend on the vector width
+
+// A list's dtype: the parameters' own; the one their arithmetic is in (float32, or float64 for float64); or the one
+// importances are stored in (the parameters', float32 or bfloat16).
+enum class Kind { value, sum, stored };
+
+struct List {
+  const char* name;
+  const Tensors* tensors;
+  Kind kind;
+  bool written;
+};
+
+// The lists of one call, checked, in the memory order of the first.
+class Lists {
+ public:
+  Lists(const char* op, std::vector<List> lists) : op_(op), lists_(std::move(lists)) {
+    const List& first = lists_[0];
+    Tensors written;
+    std::vector<const Tensors*> read;
+    std::vector<const char*> read_names;
+    for (const List& list : lists_) {
+      check_lengths(list.tensors->size(), first.tensors->size(), op, list.name, first.name);
+      for (size_t i = 0; i < list.tensors->size(); ++i) check_tensor(list, i);
+      if (list.written) {
+        written.insert(written.end(), list.tensors->begin(), list.tensors->end());
+      } else {
+        read.push_back(list.tensors);
+        read_names.push_back(list.name);
+      }
+    }
+    check_distinct(written, read, op, "written lists", read_names);
+    addresses_.push_back(Addresses::outputs(*first.tensors));
+    for (size_t l = 1; l < lists_.size(); ++l)
+      addresses_.push_back(Addresses::inputs(*lists_[l].tensors, addresses_[0]));
+    for (const Tensor& t : *first.tensors) all_.add(t.numel());
+  }
+
+  template <class T>
+  T* at(size_t list, size_t t, int64_t begin) const {
+    return addresses_[list].at<T>(t, begin);
+  }
+  ScalarType dtype(size_t list, size_t t) const { return addresses_[list].dtype(t); }
+  int64_t chunks() const { return all_.chunks(); }
+
+  // f(T{}, tensor, begin, n, chunk), T being the dtype of the first list.
+  template <class F>
+  void for_each(const F& f) const {
+    all_.for_each([&](size_t t, int64_t begin, int64_t end, int64_t chunk) {
+      dispatch_float(dtype(0, t), op_, lists_[0].name, [&](auto type) { f(type, t, begin, end - begin, chunk); });
+    });
+  }
+
+  // The same for lists of importances: f(T{}, S{}, ...), S being the dtype that `list` is stored in.
+  template <class F>
+  void for_each_stored(size_t list, const F& f) const {
+    for_each([&](auto type, size_t t, int64_t begin, int64_t n, int64_t chunk) {
+      const ScalarType stored = dtype(list, t);
+      if (stored == ScalarType::BFloat16) return f(type, BFloat16{}, t, begin, n, chunk);
+      if (stored == ScalarType::Float) return f(type, float{}, t, begin, n, chunk);
+      f(type, type, t, begin, n, chunk);
+    });
+  }
+
+  // Raises, naming the tensor, if valid(chunk's arguments as for for_each_stored) is false anywhere.
+  template <class F>
+  void require(size_t list, const char* name, const char* what, const F& valid) const {
+    std::vector<int64_t> bad(chunks(), -1);
+    for_each_stored(list, [&](auto type, auto stored, size_t t, int64_t begin, int64_t n, int64_t chunk) {
+      if (!valid(type, stored, t, begin, n)) bad[chunk] = static_cast<int64_t>(t);
+    });
+    for (int64_t t : bad) FASTCL_CHECK(t < 0, op_, ": ", item(name, static_cast<size_t>(t)), what);
+  }
+
+  // Writes back what was worked on in copies.
+  void finish() {
+    if (lists_[0].written) addresses_[0].finish();
+    for (size_t l = 1; l < lists_.size(); ++l) {
+      if (!lists_[l].written) continue;
+      for (size_t i = 0; i < lists_[l].tensors->size(); ++i) {
+        Tensor original = (*lists_[l].tensors)[i];
+        if (static_cast<const void*>(at<char>(l, i, 0)) != original.const_data_ptr())
+          torch::stable::copy_(original, addresses_[l].tensor(i));
+      }
+    }
+  }
+
+ private:
+  void check_tensor(const List& list, size_t i) const {
+    const Tensor &t = (*list.tensors)[i], &first = (*lists_[0].tensors)[i];
+    const Name name = item(list.name, i), first_name = item(lists_[0].name, i);
+    if (list.written) check_output(t, op_, name);
+    if (&list == &lists_[0]) {
+      FASTCL_CHECK(t.is_cpu(), op_, ": ", name, " must be a CPU tensor");
+      dispatch_float(t.scalar_type(), op_, name, [](auto) {});
+      FASTCL_CHECK(
+          list.kind == Kind::value || t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double,
+          op_, ": ", name, " must be float32 or float64, the types that sums are kept in");
+      return;
+    }
+    check_like(t, first, op_, name, first_name);
+    const ScalarType own = t.scalar_type(), of_first = first.scalar_type();
+    const ScalarType sum = of_first == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+    if (list.kind == Kind::value) check_same_dtype(t, first, op_, name, first_name);
+    if (list.kind == Kind::sum)
+      FASTCL_CHECK(own == sum, op_, ": ", name, " must be ", sum == ScalarType::Double ? "float64" : "float32",
+                   ", the type that sums for ", first_name, " are kept in");
+    if (list.kind == Kind::stored)
+      FASTCL_CHECK(own == of_first || own == ScalarType::Float || own == ScalarType::BFloat16, op_, ": ", name,
+                   " must have the dtype of ", first_name, ", float32 or bfloat16");
+  }
+
+  const char* op_;
+  std::vector<List> lists_;
+  std::vector<Addresses> addresses_;
+  VirtualArray all_;
+};
+
+void check_share(const char* op, const char* name, double value) {
+  FASTCL_CHECK(std::isfinite(value) && value >= 0, op, ": ", name, " is ", value,
+               " but must be finite and not negative");
+}
+
+void check_positive(const char* op, const char* name, double value) {
+  FASTCL_CHECK(std::isfinite(value) && value > 0, op, ": ", name, " is ", value, " but must be finite and positive");
+}
+
+// ---- along the path ----
+
+template <class T>
+struct PathStep {
+  using A = arithmetic_t<T>;
+  static FASTCL_HD void run(A* FASTCL_RESTRICT w, const T* FASTCL_RESTRICT g, const T* FASTCL_RESTRICT p,
+                            const T* FASTCL_RESTRICT before, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) w[i] += path_term(load(g + i), load(p + i) - load(before + i));
+  }
+};
+
+void accumulate_path_(const Tensors& omegas, const Tensors& grads, const Tensors& params, const Tensors& before) {
+  Lists lists("accumulate_path_", {{"params", &params, Kind::value, false},
+                                   {"omegas", &omegas, Kind::sum, true},
+                                   {"grads", &grads, Kind::value, false},
+                                   {"before", &before, Kind::value, false}});
+  lists.for_each([&](auto type, size_t t, int64_t begin, int64_t n, int64_t) {
+    using T = decltype(type);
+    simd<PathStep<T>>(lists.at<arithmetic_t<T>>(1, t, begin), lists.at<const T>(2, t, begin),
+                      lists.at<const T>(0, t, begin), lists.at<const T>(3, t, begin), n);
+  });
+  lists.finish();
+}
+
+template <class T>
+struct WalkStep {
+  using A = arithmetic_t<T>;
+  static FASTCL_HD void run(A* FASTCL_RESTRICT f, A* FASTCL_RESTRICT gain, A* FASTCL_RESTRICT moved,
+                            const T* FASTCL_RESTRICT g, const T* FASTCL_RESTRICT p, const T* FASTCL_RESTRICT before,
+                            double alpha, int64_t n) {
+    const A a = static_cast<A>(alpha);
+    for (int64_t i = 0; i < n; ++i) {
+      const A grad = load(g + i), step = load(p + i) - load(before + i);
+      f[i] = moving_square(f[i], grad, a);
+      gain[i] += path_term(grad, step);
+      moved[i] += step;
+    }
+  }
+};
+
+void accumulate_walk_(const Tensors& fishers, const Tensors& gains, const Tensors& moved, const Tensors& grads,
+                      const Tensors& params, const Tensors& before, double alpha) {
+  const char* op = "accumulate_walk_";
+  FASTCL_CHECK(alpha > 0 && alpha <= 1, op, ": alpha is ", alpha, " but must lie in (0, 1]");
+  Lists lists(op, {{"params", &params, Kind::value, false},
+                   {"fishers", &fishers, Kind::sum, true},
+                   {"gains", &gains, Kind::sum, true},
+                   {"moved", &moved, Kind::sum, true},
+                   {"grads", &grads, Kind::value, false},
+                   {"before", &before, Kind::value, false}});
+  lists.for_each([&](auto type, size_t t, int64_t begin, int64_t n, int64_t) {
+    using T = decltype(type);
+    using A = arithmetic_t<T>;
+    simd<WalkStep<T>>(lists.at<A>(1, t, begin), lists.at<A>(2, t, begin), lists.at<A>(3, t, begin),
+                      lists.at<const T>(4, t, begin), lists.at<const T>(0, t, begin), lists.at<const T>(5, t, begin),
+                      alpha, n);
+  });
+  lists.finish();
+}
+
+template <class A>
+struct WalkScore {
+  static FASTCL_HD void run(A* FASTCL_RESTRICT score, A* FASTCL_RESTRICT gain, A* FASTCL_RESTRICT moved,
+                            const A* FASTCL_RESTRICT f, double epsilon, int64_t n) {
+    const A e = static_cast<A>(epsilon);
+    for (int64_t i = 0; i < n; ++i) {
+      score[i] += walk_score(gain[i], f[i], moved[i], e);
+      gain[i] = moved[i] = A(0);
+    }
+  }
+};
+
+void score_walk_(const Tensors& scores, const Tensors& gains, const Tensors& moved, const Tensors& fishers,
+                 double epsilon) {
+  const char* op = "score_walk_";
+  check_positive(op, "epsilon", epsilon);
+  Lists lists(op, {{"scores", &scores, Kind::sum, true},
+                   {"gains", &gains, Kind::sum, true},
+                   {"moved", &moved, Kind::sum, true},
+                   {"fishers", &fishers, Kind::sum, false}});
+  lists.for_each([&](auto type, size_t t, int64_t begin, int64_t n, int64_t) {
+    using A = arithmetic_t<decltype(type)>;
+    simd<WalkScore<A>>(lists.at<A>(0, t, begin), lists.at<A>(1, t, begin), lists.at<A>(2, t, begin),
+                       lists.at<const A>(3, t, begin), epsilon, n);
+  });
+  lists.finish();
+}
+
+// ---- at a task's end ----
+
+template <class T, class S>
+struct ConsolidatePath {
+  using A = arithmetic_t<T>;
+  static FASTCL_HD void run(S* FASTCL_RESTRICT f, A* FASTCL_RESTRICT w, T* FASTCL_RESTRICT start,
+                            const T* FASTCL_RESTRICT p, double xi, int64_t n) {
+    const A x = static_cast<A>(xi);
+    for (int64_t i = 0; i < n; ++i) {
+      store(f + i, static_cast<A>(load(f + i)) + path_importance(w[i], load(p + i) - load(start + i), x));
+      w[i] = A(0);
+      start[i] = p[i];
+    }
+  }
+};
+
+template <class T, class S>
+struct ConsolidatesPath {  // whether that would leave every importance finite
+  using A = arithmetic_t<T>;
+  static FASTCL_HD bool run(const S* f, const A* w, const T* start, const T* p, double xi, int64_t n) {
+    const A x = static_cast<A>(xi);
+    int32_t bad = 0;
+    for (int64_t i = 0; i < n; ++i)
+      bad += !(static_cast<A>(load(f + i)) + path_importance(w[i], load(p + i) - load(start + i), x) <=
+               std::numeric_limits<A>::max());
+    return bad == 0;
+  }
+};
+
+void consolidate_path_(const Tensors& importances, const Tensors& omegas, const Tensors& starts, const Tensors& params,
+                       double xi) {
+  const char* op = "consolidate_path_";
+  check_positive(op, "xi", xi);
+  Lists lists(op, {{"params", &params, Kind::value, false},
+                   {"importances", &importances, Kind::stored, true},
+                   {"omegas", &omegas, Kind::sum, true},
+                   {"starts", &starts, Kind::value, true}});
+  lists.require(1, "omegas", " would give NaN or infinite importances",
+                [&](auto type, auto stored, size_t t, int64_t begin, int64_t n) {
+                  using T = decltype(type);
+                  using S = decltype(stored);
+                  return simd<ConsolidatesPath<T, S>>(
+                      lists.at<const S>(1, t, begin), lists.at<const arithmetic_t<T>>(2, t, begin),
+                      lists.at<const T>(3, t, begin), lists.at<const T>(0, t, begin), xi, n);
+                });
+  lists.for_each_stored(1, [&](auto type, auto stored, size_t t, int64_t begin, int64_t n, int64_t) {
+    using T = decltype(type);
+    using S = decltype(stored);
+    simd<ConsolidatePath<T, S>>(lists.at<S>(1, t, begin), lists.at<arithmetic_t<T>>(2, t, begin),
+                                lists.at<T>(3, t, begin), lists.at<const T>(0, t, begin), xi, n);
+  });
+  lists.finish();
+}
+
+template <class S, class A>
+struct Merge {
+  static FASTCL_HD void run(S* FASTCL_RESTRICT f, const A* FASTCL_RESTRICT fresh, double old_share, double fresh_share,
+                            int64_t n) {
+    const A old = static_cast<A>(old_share), add = static_cast<A>(fresh_share);
+    for (int64_t i = 0; i < n; ++i) store(f + i, old * static_cast<A>(load(f + i)) + add * fresh[i]);
+  }
+};
+
+template <class A>
+struct AllFinite {
+  static FASTCL_HD bool run(const A* f, int64_t n) {
+    int32_t bad = 0;  // counted, not and-ed: gcc vectorises this; NaN fails both
+    for (int64_t i = 0; i < n; ++i) bad += !(f[i] >= 0) + !(f[i] <= std::numeric_limits<A>::max());
+    return bad == 0;
+  }
+};
+
+constexpr const char* kNotFinite = " has NaN, infinite or negative values";
+
+void merge_importances_(const Tensors& importances, const Tensors& fresh, double old_share, double fresh_share) {
+  const char* op = "merge_importances_";
+  check_share(op, "old_share", old_share);
+  check_share(op, "fresh_share", fresh_share);
+  Lists lists(op, {{"fresh", &fresh, Kind::sum, false}, {"importances", &importances, Kind::stored, true}});
+  lists.require(1, "fresh", kNotFinite, [&](auto type, auto, size_t t, int64_t begin, int64_t n) {
+    using A = arithmetic_t<decltype(type)>;
+    return simd<AllFinite<A>>(lists.at<const A>(0, t, begin), n);
+  });
+  lists.for_each_stored(1, [&](auto type, auto stored, size_t t, int64_t begin, int64_t n, int64_t) {
+    using A = arithmetic_t<decltype(type)>;
+    using S = decltype(stored);
+    simd<Merge<S, A>>(lists.at<S>(1, t, begin), lists.at<const A>(0, t, begin), old_share, fresh_share, n);
+  });
+  lists.finish();
+}
+
+template <class T, class S>
+struct MergeAnchored {
+  using A = arithmetic_t<T>;
+  static FASTCL_HD double run(S* FASTCL_RESTRICT f, T* FASTCL_RESTRICT anchor, const A* FASTCL_RESTRICT fresh,
+                              const T* FASTCL_RESTRICT p, int64_t n) {
+    double lane[kLanes] = {};
+    const auto one = [&](int64_t i, int l) FASTCL_LAMBDA_HD {
+      const A old = static_cast<A>(load(f + i)), add = fresh[i];
+      const A share = share_of(old, add), apart = load(p + i) - load(anchor + i);
+      lane[l] += old * share * apart * apart;
+      store(anchor + i, load(anchor + i) + share * apart);
+      store(f + i, old + add);
+    };
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes)
+      for (int l = 0; l < kLanes; ++l) one(i + l, l);
+    for (; i < n; ++i) one(i, static_cast<int>(i % kLanes));
+    double total = 0;
+    for (double part : lane) total += part;
+    return total;
+  }
+};
+
+Tensor merge_anchored_(const Tensors& importances, const Tensors& anchors, const Tensors& fresh,
+                       const Tensors& params) {
+  Lists lists("merge_anchored_", {{"params", &params, Kind::value, false},
+                                  {"importances", &importances, Kind::stored, true},
+                                  {"anchors", &anchors, Kind::value, true},
+                                  {"fresh", &fresh, Kind::sum, false}});
+  lists.require(1, "fresh", kNotFinite, [&](auto type, auto, size_t t, int64_t begin, int64_t n) {
+    using A = arithmetic_t<decltype(type)>;
+    return simd<AllFinite<A>>(lists.at<const A>(3, t, begin), n);
+  });
+  std::vector<double> partial(lists.chunks(), 0.0);
+  lists.for_each_stored(1, [&](auto type, auto stored, size_t t, int64_t begin, int64_t n, int64_t chunk) {
+    using T = decltype(type);
+    using S = decltype(stored);
+    partial[chunk] +=
+        simd<MergeAnchored<T, S>>(lists.at<S>(1, t, begin), lists.at<T>(2, t, begin),
+                                  lists.at<const arithmetic_t<T>>(3, t, begin), lists.at<const T>(0, t, begin), n);
+  });
+  lists.finish();
+  double total = 0;
+  for (double part : partial) total += part;
+  Tensor constant = torch::stable::empty({}, ScalarType::Double);
+  *static_cast<double*>(constant.mutable_data_ptr()) = 0.5 * total;
+  return constant;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(FASTCL_NS, CPU, m) {
+  m.impl("accumulate_path_", TORCH_BOX(&accumulate_path_));
+  m.impl("accumulate_walk_", TORCH_BOX(&accumulate_walk_));
+  m.impl("score_walk_", TORCH_BOX(&score_walk_));
+  m.impl("consolidate_path_", TORCH_BOX(&consolidate_path_));
+  m.impl("merge_importances_", TORCH_BOX(&merge_importances_));
+  m.impl("merge_anchored_", TORCH_BOX(&merge_anchored_));
+}
+
+}  // namespace fastcl
