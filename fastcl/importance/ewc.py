@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .distributed import local, over_shards
 from .fisher import KINDS, Loss, fisher_diagonal
 from .regulariser import Regulariser
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 FORMS = ("separate", "single", "online")
 
@@ -64,12 +68,15 @@ class EWC(Regulariser):
         classes: Sequence[int] | None = None,
         loss: Loss | None = None,
         generator: torch.Generator | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         """Ends a task: estimates its Fisher on `batches` and anchors the parameters where they are now.
 
         Arguments and errors are :func:`fastcl.fisher_diagonal`'s; after an error nothing has changed.
         """
-        self.merge(fisher_diagonal(self.model, batches, self.kind, loss, classes=classes, generator=generator))
+        self.merge(
+            fisher_diagonal(self.model, batches, self.kind, loss, classes=classes, generator=generator, group=group)
+        )
 
     @torch.no_grad()
     def merge(self, fisher: dict[str, Tensor]) -> None:
@@ -84,9 +91,8 @@ class EWC(Regulariser):
             return
         self._aligned()  # old importances take the shape of grown parameters
         known = [name for name in fisher if name in self.importances]
-        importances, anchors, fresh = (
-            [values[n] for n in known] for values in (self.importances, self.anchors, fisher)
-        )
-        self.constant += ops.merge_anchored_(importances, anchors, fresh, [params[n].detach() for n in known]).item()
+        theta = [params[n].detach() for n in known]
+        lists = (local([values[n] for n in known]) for values in (self.importances, self.anchors, fisher))
+        self.constant += over_shards(ops.merge_anchored_(*lists, local(theta)), theta).item()
         self._begin(fisher)
         self.tasks += 1

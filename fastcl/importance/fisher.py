@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from . import distributed
 from .passes import ImportancePass, batch_size, evaluating, tensors_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 KINDS = ("exact", "sample", "empirical", "map", "batched")
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -22,6 +26,7 @@ def fisher_diagonal(
     *,
     classes: Sequence[int] | None = None,
     generator: torch.Generator | None = None,
+    group: ProcessGroup | None = None,
 ) -> dict[str, Tensor]:
     r"""Diagonal Fisher information :math:`F_i = \frac{1}{N}\sum_n (\partial \ell_n / \partial \theta_i)^2`, exactly.
 
@@ -40,6 +45,8 @@ def fisher_diagonal(
         loss: ``loss(output, y) -> [N]``, one number a sample; default cross-entropy. Not for kind ``"exact"``.
         classes: the output columns that the softmax runs over (a single head that has seen these classes so far).
         generator: for kind ``"sample"``.
+        group: processes that hold the same model and other data: the mean is over all of theirs. Found by itself for a
+            DistributedDataParallel model and for one under ``fully_shard`` (which gets importances sharded likewise).
 
     Returns:
         name -> importance of the parameter's shape, for every parameter that requires grad; float32 (float64 for
@@ -59,20 +66,25 @@ def fisher_diagonal(
         raise ValueError(f"kind is {kind!r} but must be one of {', '.join(KINDS)}")
     if kind == "exact" and loss is not None:
         raise ValueError("loss cannot be given with kind='exact', which is the expectation of the log-likelihood")
+    groups, (inner, prefix) = distributed.groups_of(model, group), distributed.unwrapped(model)
     if kind == "batched":
-        return _batched(model, batches, loss, classes)
-    estimate = ImportancePass(model, power=2)
+        return {prefix + name: f for name, f in _batched(inner, batches, loss, classes, groups).items()}
+    estimate = ImportancePass(inner, power=2)
     with evaluating(model):
         for x, y in labelled(model, batches, required=kind == "empirical"):
             estimate.add(x, lambda output, y=y: _cotangents(output, y, kind, loss, classes, generator))
-    return mean(estimate)
+    return mean(estimate, prefix, groups)
 
 
-def mean(estimate: ImportancePass) -> dict[str, Tensor]:
-    """Sums divided by the number of samples, never by the number of batches."""
-    if estimate.count == 0:
+def mean(estimate: ImportancePass, prefix: str, groups: Sequence[ProcessGroup]) -> dict[str, Tensor]:
+    """Sums divided by the number of samples, never by the number of batches; both over all processes."""
+    count = distributed.add_up(list(estimate.sums.values()), estimate.count, groups)
+    if count == 0:
         raise ValueError("batches is empty: importances need at least one sample")
-    return {name: total.div_(estimate.count) for name, total in estimate.sums.items()}
+    return {
+        prefix + name: distributed.sharded_like(total.div_(count), estimate.params[name])
+        for name, total in estimate.sums.items()
+    }
 
 
 def labelled(model: nn.Module, batches: Iterable[Any], *, required: bool) -> Iterator[tuple[Any, Tensor | None]]:
@@ -179,10 +191,16 @@ def _loss_gradient(output: Tensor, y: Tensor | None, loss: Loss) -> Tensor:
 
 
 def _batched(
-    model: nn.Module, batches: Iterable[Any], loss: Loss | None, classes: Sequence[int] | None
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Loss | None,
+    classes: Sequence[int] | None,
+    groups: Sequence[ProcessGroup],
 ) -> dict[str, Tensor]:
     """The field's shortcut: mean over batches of (batch-mean gradient)^2."""
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if distributed.mesh_of(list(params.values())) is not None:
+        raise ValueError("kind is 'batched' but must be another one for a model under fully_shard")
     sums = {name: torch.zeros_like(p) for name, p in params.items()}
     n_batches = 0
     with evaluating(model):
@@ -196,6 +214,7 @@ def _batched(
             for total, g in zip(sums.values(), grads, strict=True):
                 total += g.square()
             n_batches += 1
+    n_batches = distributed.add_up(list(sums.values()), n_batches, groups)
     if n_batches == 0:
         raise ValueError("batches is empty: importances need at least one sample")
     return {name: total.div_(n_batches) for name, total in sums.items()}

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from . import distributed
 from .fisher import labelled, mean
 from .passes import ImportancePass, evaluating
 from .regulariser import Regulariser
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 OUTPUTS = ("norm", "vector")
 
 
-def mas_importance(model: nn.Module, batches: Iterable[Any], output: str = "norm") -> dict[str, Tensor]:
+def mas_importance(
+    model: nn.Module, batches: Iterable[Any], output: str = "norm", *, group: ProcessGroup | None = None
+) -> dict[str, Tensor]:
     r"""MAS importances :math:`\Omega_i = \frac1N\sum_n |\partial \|F(x_n)\|_2^2 / \partial\theta_i|`, exactly.
 
     Memory aware synapses (Aljundi et al. 2018). The absolute value is taken per sample; no labels are used.
@@ -25,6 +31,7 @@ def mas_importance(model: nn.Module, batches: Iterable[Any], output: str = "norm
         batches: iterable of x or (x, y), as for :func:`fastcl.fisher_diagonal`; y is ignored.
         output: ``"norm"`` the squared length of the output (the paper's practical form); ``"vector"`` the length of
             each output's gradient, :math:`\sum_c|\partial F_c/\partial\theta_i|` (C backward passes).
+        group: of :func:`fastcl.fisher_diagonal`.
 
     Returns:
         name -> importance of the parameter's shape; float32 (float64 for float64 parameters).
@@ -39,11 +46,12 @@ def mas_importance(model: nn.Module, batches: Iterable[Any], output: str = "norm
     """
     if output not in OUTPUTS:
         raise ValueError(f"output is {output!r} but must be one of {', '.join(OUTPUTS)}")
-    estimate = ImportancePass(model, power=1)
+    groups, (inner, prefix) = distributed.groups_of(model, group), distributed.unwrapped(model)
+    estimate = ImportancePass(inner, power=1)
     with evaluating(model):
         for x, _ in labelled(model, batches, required=False):
             estimate.add(x, _norm if output == "norm" else _vector)
-    return mean(estimate)
+    return mean(estimate, prefix, groups)
 
 
 def _norm(output: Tensor) -> Iterator[Tensor]:
@@ -97,9 +105,9 @@ class MAS(Regulariser):
         if not half:
             self.strength *= 2
 
-    def consolidate(self, batches: Iterable[Any]) -> None:
+    def consolidate(self, batches: Iterable[Any], *, group: ProcessGroup | None = None) -> None:
         """Ends a task: estimates Omega on `batches` and anchors the parameters; after an error nothing has changed."""
-        self.merge(mas_importance(self.model, batches, self.output))
+        self.merge(mas_importance(self.model, batches, self.output, group=group))
 
     @torch.no_grad()
     def merge(self, omega: dict[str, Tensor]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .distributed import is_dtensor, plain_type
 from .fallback import accumulate_by_vmap
 from .rules import RULES, Call, Rule, Sums
 
@@ -46,6 +47,7 @@ class _Layer:
     rule: Rule
     names: dict[str, str]  # the module's own parameter name -> name in the model
     calls: list[Call] = field(default_factory=list)
+    leaves: dict[str, int] = field(default_factory=dict)  # name in the model -> id of the tensor that the call used
     waiting: int = 0  # calls whose output gradient has not arrived
     last_pass: bool = False
     probed: list[torch.Size] = field(default_factory=list)  # input shapes for another number of samples
@@ -69,7 +71,7 @@ class ImportancePass:
         if not self.params:
             raise ValueError("model has no parameter that requires grad: nothing to estimate")
         self.sums: Sums = {
-            name: torch.zeros_like(p, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32)
+            name: torch.zeros(p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
             for name, p in self.params.items()
         }
         self._sample_first: dict[nn.Module, bool] = {}
@@ -115,7 +117,7 @@ class ImportancePass:
         hooks: list[Any] = []
         known = {id(p): name for name, p in self.params.items()}
         for module in self.model.modules():
-            rule = RULES.get(type(module))
+            rule = RULES.get(plain_type(module))
             own = {name: known[id(p)] for name, p in module._parameters.items() if p is not None and id(p) in known}
             if rule is None or not own:
                 continue
@@ -125,6 +127,8 @@ class ImportancePass:
             def note(_module: nn.Module, args: tuple[Any, ...], output: Tensor, layer: _Layer = layer) -> None:
                 if len(args) != 1:
                     return  # called with keywords: the graph will show a use that no call explains
+                # under fully_shard the leaf of the graph is not the parameter but its gathered form
+                layer.leaves = {full: id(_module._parameters[name]) for name, full in layer.names.items()}
                 if not torch.is_grad_enabled():
                     layer.probed.append(args[0].shape)
                 elif output.requires_grad:
@@ -159,9 +163,15 @@ class ImportancePass:
         for layer in layers:
             fits = self._samples_first(layer, n) and layer.rule.fits(layer.module, layer.calls)
             alone = all(owners[name] == 1 for name in layer.names.values())
-            matches = all(uses[id(self.params[name])] == len(layer.calls) for name in layer.names.values())
+            matches = all(uses[layer.leaves.get(name)] == len(layer.calls) for name in layer.names.values())
             if fits and alone and matches:
                 covered.update(layer.names.values())
+        sharded = sorted(name for name, p in self.params.items() if is_dtensor(p) and name not in covered)
+        if sharded:
+            raise ValueError(
+                f"model: under fully_shard only layers with a fused rule are supported, and {sharded[0]} has none "
+                "(or was not used): freeze it, or estimate with a model that is not sharded"
+            )
         # a parameter that the output does not depend on has importance zero, whoever owns it
         covered.update(name for name, p in self.params.items() if uses[id(p)] == 0)
         return covered

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .distributed import local
 from .regulariser import Regulariser, grown
 
 
@@ -62,8 +63,9 @@ class PathRegulariser(Regulariser):
             if name not in self._kept or self._kept[name][0].shape != p.shape:
                 self._kept[name] = (torch.empty_like(p), torch.empty_like(p))
         self._names = list(params)
-        torch._foreach_copy_([self._kept[n][0] for n in params], list(params.values()))
-        torch._foreach_copy_([self._kept[n][1] for n in params], [p.grad for p in params.values()])
+        kept = [self._kept[n] for n in params]
+        torch._foreach_copy_(local([p for p, _ in kept]), local([p.detach() for p in params.values()]))
+        torch._foreach_copy_(local([g for _, g in kept]), local([p.grad for p in params.values()]))
 
     @torch.no_grad()
     def add_gradients(self) -> Tensor:
@@ -79,10 +81,11 @@ class PathRegulariser(Regulariser):
             raise RuntimeError("after_step: call before_step (or add_gradients) before optimizer.step()")
         names, self._names = self._names, None
         params, kept = self._params(), [self._kept[n] for n in names]
-        self._step(names, [g for _, g in kept], [params[n].detach() for n in names], [p for p, _ in kept])
+        before, grads = [p for p, _ in kept], [g for _, g in kept]
+        self._step(names, local(grads), local([params[n].detach() for n in names]), local(before))
 
     def _step(self, names: list[str], grads: list[Tensor], params: list[Tensor], before: list[Tensor]) -> None:
-        """One step: the task's gradients, the parameters after it and before it."""
+        """One step: the task's gradients, the parameters after it and before it (this process's shards)."""
         raise TypeError(f"{type(self).__name__} must say what it accumulates")
 
     def _grow(self) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .distributed import local, over_shards
 
 
 class Regulariser:
@@ -37,7 +38,8 @@ class Regulariser:
         params, anchors, importances = self._aligned()
         if not params:
             return torch.zeros((), device=next(self.model.parameters()).device)
-        value = ops.quadratic_penalty(params, anchors, importances, self.strength, check=False)
+        shards = map(local, (params, anchors, importances))
+        value = over_shards(ops.quadratic_penalty(*shards, self.strength, check=False), params)
         return value + self.strength * self.constant if self.constant else value
 
     @torch.no_grad()
@@ -52,9 +54,8 @@ class Regulariser:
         for p in params:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        value = ops.quadratic_penalty_grad_(
-            [p.grad for p in params], params, anchors, importances, self.strength, check=False
-        )
+        shards = map(local, ([p.grad for p in params], params, anchors, importances))
+        value = over_shards(ops.quadratic_penalty_grad_(*shards, self.strength, check=False), params)
         return value + self.strength * self.constant if self.constant else value
 
     def state_dict(self) -> dict[str, Any]:
@@ -88,7 +89,8 @@ class Regulariser:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def _check(self, name: str, importance: Tensor) -> None:
-        if not (importance >= 0).all() or torch.isinf(importance).any():
+        (shard,) = local([importance])
+        if not (shard >= 0).all() or torch.isinf(shard).any():
             raise ValueError(f"the importance of {name} has NaN, infinite or negative values")
 
     def _aligned(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -114,7 +116,8 @@ class Regulariser:
             self._check(name, f)
         self._aligned()  # old importances take the shape of grown parameters
         known = [name for name in new if name in self.importances]
-        ops.merge_importances_([self.importances[n] for n in known], [new[n] for n in known], old_share, new_share)
+        lists = (local([values[n] for n in known]) for values in (self.importances, new))
+        ops.merge_importances_(*lists, old_share, new_share)
         self._begin(new)
         for name, p in params.items():
             self.anchors[name].copy_(p)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .distributed import largest, local
 from .path import PathRegulariser
 
 
@@ -68,11 +69,11 @@ class RWalk(PathRegulariser):
             self._close_window()
 
     def _step(self, names: list[str], grads: list[Tensor], params: list[Tensor], before: list[Tensor]) -> None:
-        sums = ([values[n] for n in names] for values in (self.fisher, self.gain, self.moved))
+        sums = (local([values[n] for n in names]) for values in (self.fisher, self.gain, self.moved))
         ops.accumulate_walk_(*sums, grads, params, before, self.alpha)
 
     def _close_window(self) -> None:
-        sums = ([*values.values()] for values in (self.score, self.gain, self.moved, self.fisher))
+        sums = (local([*values.values()]) for values in (self.score, self.gain, self.moved, self.fisher))
         ops.score_walk_(*sums, self.epsilon)
 
     @torch.no_grad()
@@ -102,5 +103,5 @@ class RWalk(PathRegulariser):
 
 
 def _to_maximum_1(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    largest = max((v.max().item() for v in values.values() if v.numel()), default=0.0)
-    return {name: v / largest if largest > 0 else v.clone() for name, v in values.items()}
+    top = largest(list(values.values()))
+    return {name: v / top if top > 0 else v.clone() for name, v in values.items()}

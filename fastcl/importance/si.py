@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .distributed import local
 from .path import PathRegulariser
 
 
@@ -48,7 +49,7 @@ class SI(PathRegulariser):
         self.omega = self._zeros()
 
     def _step(self, names: list[str], grads: list[Tensor], params: list[Tensor], before: list[Tensor]) -> None:
-        ops.accumulate_path_([self.omega[n] for n in names], grads, params, before)
+        ops.accumulate_path_(local([self.omega[n] for n in names]), grads, params, before)
 
     @torch.no_grad()
     def consolidate(self, batches: Any = None) -> None:
@@ -60,8 +61,8 @@ class SI(PathRegulariser):
             name: self.importances.get(name, torch.zeros_like(self.omega[name], dtype=self.dtype)) for name in params
         }
         ops.consolidate_path_(
-            *([values[n] for n in params] for values in (importances, self.omega, self.start)),
-            list(params.values()),
+            *(local([values[n] for n in params]) for values in (importances, self.omega, self.start)),
+            local(list(params.values())),
             self.xi,
         )
         self.importances = importances
