@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -262,6 +264,24 @@ NETWORKS: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
 }
 
 
+def _backpack(net: torch.nn.Module, batches: list[Any], name: str) -> dict[str, Any]:
+    """BackPACK's SumGradSquared where it is installed and can read the network (plain sequences of layers)."""
+    if name not in ("MLP 0.5M", "4-conv net") or importlib.util.find_spec("backpack") is None:
+        return {}
+    import backpack
+
+    model = backpack.extend(copy.deepcopy(net))
+    criterion = backpack.extend(torch.nn.CrossEntropyLoss(reduction="sum"))
+
+    def run() -> None:
+        for a, b in batches:
+            model.zero_grad()
+            with backpack.backpack(backpack.extensions.SumGradSquared()):
+                criterion(model(a), b).backward()
+
+    return {"BackPACK SumGradSquared": run}
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_fisher(contest: Callable, device, name: str, layout: str) -> None:
@@ -290,9 +310,19 @@ def test_fisher(contest: Callable, device, name: str, layout: str) -> None:
         grads = torch.func.vmap(torch.func.grad(loss), (None, 0, 0), chunk_size=16)(params, x, y)
         return {k: g.square().mean(0) for k, g in grads.items()}
 
+    def sample_by_sample() -> None:  # EWC's usual loop
+        sums = [torch.zeros_like(p) for p in net.parameters()]
+        for a, b in batches:
+            for n in range(len(a)):
+                loss = torch.nn.functional.cross_entropy(net(a[n : n + 1]), b[n : n + 1])
+                for total, g in zip(sums, torch.autograd.grad(loss, list(net.parameters())), strict=True):
+                    total.addcmul_(g, g)
+
     contenders: dict[str, Any] = {
         "fastcl": lambda: fastcl.fisher_diagonal(net, batches),
         "plain forward + backward": plain,
+        "sample by sample": sample_by_sample,
+        **_backpack(net, batches, name),
         "batch gradient squared (not the Fisher)": lambda: fastcl.fisher_diagonal(net, batches, kind="batched"),
         "torch.func, chunks of 16": lambda: [vmapped() for _ in batches],
     }
@@ -303,3 +333,61 @@ def test_fisher(contest: Callable, device, name: str, layout: str) -> None:
             torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4 * value.max().item())
 
     contest(contenders, check)
+
+
+def test_si_step(contest: Callable, compiled: Callable, copy_rate: Callable, device, shapes) -> None:
+    """SI's path integral of one step: what a loop over parameters writes, against one call."""
+    params, before, grads = ([torch.randn(s, device=device) for s in shapes] for _ in range(3))
+    omegas = [torch.zeros(s, device=device) for s in shapes]
+
+    def loop(omegas: list[torch.Tensor] = omegas) -> None:
+        for w, g, p, b in zip(omegas, grads, params, before, strict=True):
+            w -= g * (p - b)
+
+    def foreach() -> None:
+        moved = torch._foreach_sub(params, before)
+        torch._foreach_addcmul_(omegas, grads, moved, value=-1)
+
+    def fused() -> None:
+        fastcl.ops.accumulate_path_(omegas, grads, params, before)
+
+    def check(contenders: dict[str, Any]) -> None:
+        want = [w - g * (p - b) for w, g, p, b in zip(omegas, grads, params, before, strict=True)]
+        fused()
+        for a, b in zip(omegas, want, strict=True):
+            torch.testing.assert_close(a, b)
+
+    n_bytes = 20 * sum(p.numel() for p in params)
+    contest(
+        {"fastcl": fused, "eager": loop, "_foreach_": foreach, **compiled(loop)},
+        check,
+        n_bytes / copy_rate(device, n_bytes),
+    )
+
+
+def test_consolidation(contest: Callable, compiled: Callable, copy_rate: Callable, device, shapes) -> None:
+    """F = gamma F + F_new, checked for NaN and negative values; the others do not check."""
+    importances, fresh = ([torch.rand(s, device=device) for s in shapes] for _ in range(2))
+
+    def eager() -> list[torch.Tensor]:
+        return [0.9 * f + new for f, new in zip(importances, fresh, strict=True)]
+
+    def foreach() -> None:
+        torch._foreach_mul_(importances, 0.9)
+        torch._foreach_add_(importances, fresh)
+
+    def fused() -> None:
+        fastcl.ops.merge_importances_(importances, fresh, old_share=0.9)
+
+    def check(contenders: dict[str, Any]) -> None:
+        want = eager()
+        fused()
+        for a, b in zip(importances, want, strict=True):
+            torch.testing.assert_close(a, b)
+
+    n_bytes = 16 * sum(f.numel() for f in importances)
+    contest(
+        {"fastcl": fused, "eager": eager, "_foreach_": foreach, **compiled(eager)},
+        check,
+        n_bytes / copy_rate(device, n_bytes),
+    )

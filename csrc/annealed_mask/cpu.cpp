@@ -49,7 +49,7 @@ void for_elements(int64_t numel, const F& f) {
 Tensor mask_of(const char* op, Tensor embedding, double scale) {
   check_scale(op, scale);
   FASTCL_CHECK(embedding.is_cpu(), op, ": embedding must be a CPU tensor");
-  Tensor mask = torch::stable::empty_like(embedding);
+  Tensor mask = fresh(torch::stable::empty_like(embedding));
   embedding = in_layout_of(embedding, mask);
   dispatch_float(embedding.scalar_type(), op, "embedding", [&](auto type) {
     using T = decltype(type);
@@ -79,7 +79,7 @@ Tensor compensated_mask_backward_cpu(Tensor grad, Tensor embedding, double scale
   check_compensation(op, scale, s_max, literal);
   check_like(grad, embedding, op, "grad", "embedding");
   check_same_dtype(grad, embedding, op, "grad", "embedding");
-  Tensor grad_embedding = torch::stable::empty_like(embedding);
+  Tensor grad_embedding = fresh(torch::stable::empty_like(embedding));
   embedding = in_layout_of(embedding, grad_embedding);
   grad = in_layout_of(grad, grad_embedding);
   dispatch_float(embedding.scalar_type(), op, "embedding", [&](auto type) {
@@ -102,7 +102,7 @@ Tensor annealed_mask_backward_cpu(Tensor grad, Tensor embedding, double scale) {
   check_scale(op, scale);
   check_like(grad, embedding, op, "grad", "embedding");
   check_same_dtype(grad, embedding, op, "grad", "embedding");
-  Tensor grad_embedding = torch::stable::empty_like(embedding);
+  Tensor grad_embedding = fresh(torch::stable::empty_like(embedding));
   embedding = in_layout_of(embedding, grad_embedding);
   grad = in_layout_of(grad, grad_embedding);
   dispatch_float(embedding.scalar_type(), op, "embedding", [&](auto type) {

@@ -3,19 +3,10 @@
 #include <memory>
 
 #include "../common/cpu.h"
-#include "tile.h"
+#include "../common/tile.h"
+#include "math.h"
 
 namespace fastcl {
-
-template <class T>
-struct TileChoice {
-  int mr, nr;
-  TileFunction<T> run;
-};
-template <class T>
-TileChoice<T> choose_tile();  // for this CPU; float and double
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // One operand, [samples, positions, features] by strides in elements.
 struct Operand {

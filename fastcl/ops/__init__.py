@@ -1,6 +1,7 @@
 """The kernels, one package per hot path. Every function here is also an op, ``torch.ops.fastcl.<name>``."""
 
 from .annealed_mask import annealed_mask, compensated_mask, mask_sparsity, masked_weight, masked_weight_kept
+from .gmm import gmm_class_statistics, gmm_log_prob, gmm_sample, gmm_statistics
 from .importance import (
     accumulate_affine_,
     accumulate_conv_,
@@ -26,6 +27,10 @@ __all__ = [
     "annealed_mask",
     "compensated_mask",
     "consolidate_path_",
+    "gmm_class_statistics",
+    "gmm_log_prob",
+    "gmm_sample",
+    "gmm_statistics",
     "mask_sparsity",
     "masked_adam_",
     "masked_grad_",

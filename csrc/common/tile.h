@@ -1,5 +1,5 @@
-// The register tile under accumulate_outer_: for one MR x NR block of the weight, the gradient of every sample,
-// |.|^power of it, and the sum over samples, without the per-sample gradient ever leaving the registers.
+// The register tile under every product: one MR x NR block of sum_p g[p, o] a[p, i]. Where there are several samples it
+// takes |.|^power of each one's block before it sums them, without the per-sample block ever leaving the registers.
 #pragma once
 #include "math.h"
 
@@ -76,5 +76,15 @@ struct Tile {
     sum_samples<Reduce::plain>(g, a, out, ldo, samples, positions);
   }
 };
+
+template <class T>
+struct TileChoice {
+  int mr, nr;
+  TileFunction<T> run;
+};
+template <class T>
+TileChoice<T> choose_tile();  // for this CPU; float and double
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace fastcl
