@@ -90,7 +90,7 @@ def exactness() -> Iterator[Experiment]:
     for scenario, setting in (("split", "task"), ("permuted", "domain")):
         rest, wide = ({"epochs": 1, "tasks": 5}, WIDE) if scenario == "permuted" else ({}, {})
         for kind in ("exact", "empirical", "batched"):
-            for power in range(0, 8) if scenario == "split" else range(-1, 6):
+            for power in range(8) if scenario == "split" else range(-1, 6):
                 options = {"kind": kind, "strength": 10.0**power, **wide}
                 yield Experiment(kind, "ewc", setting, scenario, options, rest, seeds=3 if scenario == "split" else 1)
 

@@ -145,6 +145,21 @@ def _path(s: Shape, d: torch.dtype, layout: Layout, kinds: str) -> list[list[Ten
     return [[positive(s, dtypes[kind], layout), positive((3,), dtypes[kind])] for kind in kinds]
 
 
+def _mixture(s: Shape, d: torch.dtype, layout: Layout, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """labels [N], x [N, D], means [3, D] and factors of a mixture."""
+    (n, features), k = s, 3
+    if kind == "full":
+        scale = values((k, features, features), d).tril(-1) * 0.1 + torch.eye(features, dtype=d)
+    else:
+        scale = positive((k, features) if kind == "diagonal" else (k,), d)
+    return torch.arange(n) % k, values(s, d, layout), values((k, features), d, layout), layout(scale)
+
+
+def _sampled(s: Shape, d: torch.dtype, layout: Layout, kind: str = "full") -> tuple[Any, ...]:
+    labels, _, means, scale = _mixture(s, d, layout, kind)
+    return layout(labels), means, scale, torch.tensor([2**40 + 7])
+
+
 # The key is the op's name, and what is special about the sample after a colon.
 OPS: dict[str, Sample] = {
     "masked_grad_": Sample(_masked, mutates=1),
@@ -225,6 +240,28 @@ OPS: dict[str, Sample] = {
         lambda s, d, layout: (*_path(s, d, layout, "bw"), 0.5, 2.0), mutates=1
     ),
     "merge_anchored_": Sample(lambda s, d, layout: tuple(_path(s, d, layout, "vvwv")), mutates=2),
+    "gmm_sample": Sample(_sampled, shaped=False, large=(3000, 33)),
+    "gmm_sample:diagonal": Sample(lambda s, d, layout: _sampled(s, d, layout, "diagonal"), shaped=False),
+    "gmm_sample:spherical": Sample(lambda s, d, layout: _sampled(s, d, layout, "spherical"), shaped=False),
+    "gmm_log_prob": Sample(lambda s, d, layout: _mixture(s, d, layout, "full")[1:], shaped=False, large=(3000, 33)),
+    "gmm_log_prob:diagonal": Sample(
+        lambda s, d, layout: _mixture(s, d, layout, "diagonal")[1:], shaped=False, large=(9000, 65)
+    ),
+    "gmm_log_prob:spherical": Sample(lambda s, d, layout: _mixture(s, d, layout, "spherical")[1:], shaped=False),
+    "gmm_statistics": Sample(
+        lambda s, d, layout: (values(s, d, layout), values((s[0], 3), d, layout), values((3, s[1]), d), True),
+        shaped=False,
+        large=(3000, 33),
+    ),
+    "gmm_statistics:diagonal": Sample(
+        lambda s, d, layout: (values(s, d, layout), positive((s[0], 3), d, layout), values((3, s[1]), d), False),
+        shaped=False,
+    ),
+    "gmm_class_statistics": Sample(
+        lambda s, d, layout: (values(s, d, layout), torch.arange(s[0]) % 3, values((3, s[1]), d, layout), True),
+        shaped=False,
+        large=(3000, 33),
+    ),
     "soft_threshold_": Sample(lambda s, d, layout: ([values(s, d, layout), values(s, d)], 0.5), mutates=1),
     "accumulate_outer_": Sample(_outer, mutates=1, shaped=False, large=(60, 170)),
     "accumulate_outer_:one position": Sample(

@@ -178,8 +178,8 @@ def test_output_that_shares_memory_is_refused(case: str, way: str) -> None:
 
 
 @pytest.mark.parametrize(("case", "index", "way"), [e for e in EVERY if e[:2] != ("unpack_mask", 1)])  # of any dtype
-def test_integers_are_refused(case: str, index: int, way: str) -> None:
-    args = replaced(args_of(case), index, lambda t: t.to(torch.int64))
+def test_integers_or_floats_in_their_place_are_refused(case: str, index: int, way: str) -> None:
+    args = replaced(args_of(case), index, lambda t: t.double() if t.dtype == torch.int64 else t.to(torch.int64))
     refused(way, case, args, argument_of(case, index))
 
 

@@ -15,10 +15,13 @@ from .masked import (
     sparsity,
     use_task,
 )
+from .mixture import ConvergenceWarning, GaussianMixture
 from .mlp import mlp
 from .schedules import dgm_scale, hat_scale
 
 __all__ = [
+    "ConvergenceWarning",
+    "GaussianMixture",
     "MaskedConv1d",
     "MaskedConv2d",
     "MaskedConv3d",

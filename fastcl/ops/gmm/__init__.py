@@ -66,8 +66,8 @@ def gmm_log_prob(x: Tensor, means: Tensor, scale_trils: Tensor) -> Tensor:
             [K, D], or one a component, [K]; the dtype of x.
 
     Returns:
-        [N, K] in the dtype of x. A NaN in x gives NaN for its sample. Add the log weights and take the logsumexp for the
-        mixture's density.
+        [N, K] in the dtype of x. A NaN in x gives NaN for its sample. The mixture's density is the logsumexp of these
+        and the log weights.
 
     Raises:
         ValueError: a factor whose diagonal is not positive and finite; shapes, dtypes or devices that do not fit.
@@ -171,7 +171,7 @@ def _setup_log_prob(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Non
 
 
 def _backward_log_prob(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """With P = (L L^T)^-1 and d = x - mu: dx = -sum_k g P d, dmu = P sum_n g d, dL = tril(L^-T (L^-1 S L^-T - s0 I))."""
+    # with P = (L L^T)^-1 and d = x - mu: dx = -sum_k g P d, dmu = P sum_n g d, dL = tril(L^-T (L^-1 S L^-T - s0 I))
     x, means, scale = ctx.saved_tensors
     s0, s1, s2 = _gmm_statistics(x, grad, means, scale.dim() == 3)
     wide = scale.double()

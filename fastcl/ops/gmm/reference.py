@@ -101,7 +101,7 @@ def gmm_log_prob(x: Tensor, means: Tensor, scale_trils: Tensor) -> Tensor:
 def gmm_statistics(x: Tensor, responsibilities: Tensor, centers: Tensor, full: bool) -> tuple[Tensor, Tensor, Tensor]:
     op = "gmm_statistics"
     _check_centers(op, x, centers)
-    _check_matrix(op, "responsibilities", responsibilities, len(x), "N", len(centers), "K", x, "x and centers")
+    _check_matrix(op, "responsibilities", responsibilities, x.shape[0], "N", centers.shape[0], "K", x, "x and centers")
     return _statistics(x, centers, full, lambda k: (x, responsibilities[:, k]))
 
 
