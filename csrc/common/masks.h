@@ -86,6 +86,24 @@ FASTCL_HD void store_free(H* x, float free, float value) {
   x->x = static_cast<uint16_t>((uint32_t(x->x) & keep) | (uint32_t(rounded.x) & ~keep));
 }
 
+// The same by a byte: r != 0 protects. By bits, since gcc does not vectorise the choice between floats by a byte.
+FASTCL_HD void store_unless(float* x, uint8_t r, float value) {
+  const int32_t keep = -static_cast<int32_t>(r != 0);
+  *x = float_from_bits((float_bits(*x) & keep) | (float_bits(value) & ~keep));
+}
+FASTCL_HD void store_unless(double* x, uint8_t r, double value) {
+  const int64_t keep = -static_cast<int64_t>(r != 0);
+  int64_t old, fresh;
+  std::memcpy(&old, x, sizeof old);
+  std::memcpy(&fresh, &value, sizeof fresh);
+  fresh = (old & keep) | (fresh & ~keep);
+  std::memcpy(x, &fresh, sizeof fresh);
+}
+template <class H>
+FASTCL_HD void store_unless(H* x, uint8_t r, float value) {
+  store_free(x, static_cast<float>(static_cast<int32_t>(r == 0)), value);
+}
+
 // One weight's mask as a kernel wants it: checked, in the weight's memory order, temporaries kept alive.
 class Mask {
  public:
