@@ -17,6 +17,17 @@ FASTCL_HD T annealed_mask_slope(T e, T scale) {
   return scale * q / ((T(1) + q) * (T(1) + q));
 }
 
+// Both from one exponential.
+template <class T>
+struct MaskAndSlope {
+  T mask, slope;
+};
+template <class T>
+FASTCL_HD MaskAndSlope<T> annealed_mask_and_slope(T e, T scale) {
+  const T x = scale * e, q = exp(-abs(x)), inverse = T(1) / (T(1) + q), small = q * inverse;
+  return {x < T(0) ? small : inverse, scale * small * inverse};
+}
+
 // HAT's embedding gradient is compensated: (s_max / s) (cosh(s e) + 1) / (cosh(e) + 1) times the true one. Since
 // m (1 - m) = 1 / (2 (cosh(s e) + 1)), that is s_max sigmoid'(e): no quotient of huge numbers, nothing that overflows.
 template <class T>

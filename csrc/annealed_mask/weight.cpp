@@ -55,15 +55,23 @@ struct MaskedWeightBackward {
                             const T* FASTCL_RESTRICT w, const T* FASTCL_RESTRICT e, MaskView reserved, double scale,
                             double s_max, double grad_kept, int64_t begin, int64_t n) {
     const A s = static_cast<A>(scale), top = static_cast<A>(s_max), gk = static_cast<A>(grad_kept);
-    alignas(64) A free[kMaskBlock];
-    for (int64_t at = 0; at < n; at += kMaskBlock) {
-      const int64_t m = std::min(kMaskBlock, n - at);
+    // Both gradients go through buffers: big arrays begin at the same place in their pages, and the CPU would take a
+    // load for one of what was just stored to another (4 KiB aliasing).
+    constexpr int64_t kBuffer = 512;
+    alignas(64) A free[kBuffer];
+    alignas(64) T to_w[kBuffer], to_e[kBuffer];
+    for (int64_t at = 0; at < n; at += kBuffer) {
+      const int64_t m = std::min(kBuffer, n - at);
       if (at == 0 || reserved.kind != MaskKind::none) free_shares(free, reserved, begin + at, m);
       for (int64_t i = 0; i < m; ++i) {
         const A x = load(e + at + i), grad = load(g + at + i);
-        store(gw + at + i, shared(grad * annealed_mask(x, s), free[i]));
-        store(ge + at + i, (grad * load(w + at + i) + gk * free[i]) * mask_slope<kind>(x, s, top));
+        MaskAndSlope<A> both = annealed_mask_and_slope(x, s);
+        if constexpr (kind != Compensation::none) both.slope = mask_slope<kind>(x, s, top);
+        store(to_w + i, shared(grad * both.mask, free[i]));
+        store(to_e + i, (grad * load(w + at + i) + gk * free[i]) * both.slope);
       }
+      for (int64_t i = 0; i < m; ++i) gw[at + i] = to_w[i];
+      for (int64_t i = 0; i < m; ++i) ge[at + i] = to_e[i];
     }
   }
   static FASTCL_HD A shared(A g, A free) { return free == A(0) ? A(0) : g * free; }
