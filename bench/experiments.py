@@ -95,10 +95,25 @@ def exactness() -> Iterator[Experiment]:
                 yield Experiment(kind, "ewc", setting, scenario, options, rest, seeds=3 if scenario == "split" else 1)
 
 
+def masks() -> Iterator[Experiment]:
+    """HAT with binary and with soft masks, beside fine-tuning and EWC under the same schedule."""
+    for scenario in ("split", "permuted"):
+        rest = {"epochs": 2, "tasks": 10} if scenario == "permuted" else {}
+        for label, method, options in (
+            ("fine-tuning", "finetune", {}),
+            ("online EWC", "ewc", {"strength": 1e5 if scenario == "split" else 1e2}),
+            ("HAT", "hat", {}),
+            ("HAT, soft masks", "hat", {"binary": False}),
+        ):
+            yield Experiment(label, method, "task", scenario, options, rest)
+    yield Experiment("HAT, task inferred by entropy", "hat", "class")
+
+
 TABLES: dict[str, Callable[[], Iterator[Experiment]]] = {
     "importances": importances,
     "strengths": strengths,
     "exactness": exactness,
+    "masks": masks,
 }
 
 
