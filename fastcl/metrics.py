@@ -65,8 +65,8 @@ def forward_transfer(accuracy: Matrix, untrained: Sequence[float]) -> float:
         ValueError: `untrained` is not T numbers in [0, 1].
 
     Example:
-        >>> forward_transfer([[1.0, 0.7], [0.5, 0.9]], untrained=[0.5, 0.5])
-        0.2
+        >>> forward_transfer([[1.0, 0.75], [0.5, 0.9]], untrained=[0.5, 0.5])
+        0.25
     """
     r, b = accuracy_matrix(accuracy), np.asarray(untrained, dtype=np.float64)
     if b.shape != (len(r),) or not ((b >= 0) & (b <= 1)).all():

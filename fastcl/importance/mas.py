@@ -80,7 +80,7 @@ class MAS(Regulariser):
 
     Example:
         >>> mas = fastcl.MAS(model, strength=1.0)
-        >>> loss.backward(); mas.add_gradients(); optimizer.step()   # after each task: mas.consolidate(loader)
+        >>> loss.backward(); value = mas.add_gradients(); optimizer.step()   # after each task: mas.consolidate(loader)
     """
 
     def __init__(

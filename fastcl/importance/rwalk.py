@@ -32,7 +32,7 @@ class RWalk(PathRegulariser):
 
     Example:
         >>> rwalk = fastcl.RWalk(model, 1.0, optimizer)
-        >>> loss.backward(); rwalk.add_gradients(); optimizer.step()   # after each task: rwalk.consolidate()
+        >>> loss.backward(); value = rwalk.add_gradients(); optimizer.step()   # after each task: rwalk.consolidate()
     """
 
     _sums = ("fisher", "gain", "moved", "score", "old_score")

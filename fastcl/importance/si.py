@@ -27,7 +27,7 @@ class SI(PathRegulariser):
 
     Example:
         >>> si = fastcl.SI(model, 1.0, optimizer)
-        >>> loss.backward(); si.add_gradients(); optimizer.step()    # after each task: si.consolidate()
+        >>> loss.backward(); value = si.add_gradients(); optimizer.step()    # after each task: si.consolidate()
     """
 
     _sums = ("omega",)

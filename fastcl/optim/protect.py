@@ -35,7 +35,7 @@ def protect(optimizer: torch.optim.Optimizer, reserved: Reserved) -> Protection:
 
     Example:
         >>> w = torch.nn.Parameter(torch.ones(2)); w.grad = torch.ones(2); optimizer = torch.optim.Adagrad([w], lr=0.5)
-        >>> fastcl.protect(optimizer, {w: torch.tensor([True, False])}); optimizer.step(); w.data
+        >>> guard = fastcl.protect(optimizer, {w: torch.tensor([True, False])}); optimizer.step(); w.data
         tensor([1.0000, 0.5000])
     """
     if isinstance(optimizer, torch.optim.LBFGS):

@@ -39,7 +39,7 @@ def load(name: str, root: str | Path | None = None) -> Data:
 
     Example:
         >>> load("digits").x_train.shape
-        torch.Size([1437, 1, 8, 8])
+        torch.Size([1433, 1, 8, 8])
     """
     if name not in LOADERS:
         raise ValueError(f"data is {name!r} but must be one of {', '.join(LOADERS)}")

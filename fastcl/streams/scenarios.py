@@ -68,7 +68,7 @@ def make(
         ValueError: unknown scenario or setting, a number of tasks that is not positive or does not divide the classes.
 
     Example:
-        >>> stream = make(load("digits"), "split", "task")
+        >>> stream = make(streams.load("digits"), "split", "task")
         >>> [t.classes for t in stream.tasks]
         [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
     """

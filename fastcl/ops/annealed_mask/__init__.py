@@ -162,8 +162,8 @@ def masked_weight(
     Cost: 12 bytes a float32 weight forward, 20 backward (and the mask's), no temporary.
 
     Example:
-        >>> fastcl.ops.masked_weight(torch.ones(2), torch.tensor([-1.0, 1.0]), scale=100.0)
-        tensor([3.7835e-44, 1.0000e+00])
+        >>> fastcl.ops.masked_weight(torch.ones(2), torch.tensor([-1.0, 1.0]), scale=2.0)
+        tensor([0.1192, 0.8808])
     """
     return call(_masked_weight, weight, embedding, scale, reserved, *_compensation("masked_weight", s_max, literal))
 
