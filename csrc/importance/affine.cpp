@@ -10,6 +10,7 @@ namespace {
 
 constexpr const char* kOp = "accumulate_affine_";
 constexpr int64_t kFeatures = 64;  // features a body holds in registers and L1 while it walks the positions
+constexpr int64_t kChunks = 32;    // of samples, at most
 
 // [samples, positions, features] by strides; shift and scale may have stride 0 along any of them.
 struct Layout {
@@ -22,17 +23,12 @@ template <class T, class In, bool normalised>
 struct Reduce1 {
   static FASTCL_HD void run(T* weight, T* bias, const In* g, const In* x, const In* shift, const In* scale,
                             const Layout* at, int64_t count) {
-    if (at->g[2] == 1) {
+    if (at->g[2] == 1 && (!normalised || at->x[2] == 1)) {
       for (int64_t c = 0; c < count; ++c) weight[c] = bias[c] = T(0);
-      for (int64_t p = 0; p < at->positions; ++p)
-        for (int64_t c = 0; c < count; ++c) {
-          const T gi = static_cast<T>(load(g + p * at->g[1] + c));
-          bias[c] += gi;
-          if (normalised)
-            weight[c] += gi * hat(x + p * at->x[1] + c * at->x[2], shift + p * at->shift[1] + c * at->shift[2],
-                                  scale + p * at->scale[1] + c * at->scale[2]);
-        }
-      return;
+      if (!normalised) return add_bias(bias, g, at, count);
+      if (at->shift[1] == 0 && at->scale[1] == 0 && at->shift[2] == 1 && at->scale[2] == 1)
+        return per_feature(weight, bias, g, x, shift, scale, at, count);
+      if (at->shift[2] == 0 && at->scale[2] == 0) return per_position(weight, bias, g, x, shift, scale, at, count);
     }
     for (int64_t c = 0; c < count; ++c) {
       constexpr int kLanes = 16;  // fixed, so that sums do not depend on the vector width
@@ -64,6 +60,38 @@ struct Reduce1 {
     }
   }
 
+  static FASTCL_HD void add_bias(T* FASTCL_RESTRICT bias, const In* FASTCL_RESTRICT g, const Layout* at,
+                                 int64_t count) {
+    for (int64_t p = 0; p < at->positions; ++p)
+      for (int64_t c = 0; c < count; ++c) bias[c] += static_cast<T>(load(g + p * at->g[1] + c));
+  }
+  static FASTCL_HD void per_feature(T* FASTCL_RESTRICT weight, T* FASTCL_RESTRICT bias, const In* FASTCL_RESTRICT g,
+                                    const In* FASTCL_RESTRICT x, const In* FASTCL_RESTRICT shift,
+                                    const In* FASTCL_RESTRICT scale, const Layout* at, int64_t count) {
+    for (int64_t p = 0; p < at->positions; ++p) {
+      const In *gp = g + p * at->g[1], *xp = x + p * at->x[1];
+      for (int64_t c = 0; c < count; ++c) {
+        const T gi = static_cast<T>(load(gp + c));
+        bias[c] += gi;
+        weight[c] += gi * (static_cast<T>(load(xp + c)) - static_cast<T>(load(shift + c)));
+      }
+    }
+    for (int64_t c = 0; c < count; ++c) weight[c] *= static_cast<T>(load(scale + c));
+  }
+  static FASTCL_HD void per_position(T* FASTCL_RESTRICT weight, T* FASTCL_RESTRICT bias, const In* FASTCL_RESTRICT g,
+                                     const In* FASTCL_RESTRICT x, const In* FASTCL_RESTRICT shift,
+                                     const In* FASTCL_RESTRICT scale, const Layout* at, int64_t count) {
+    for (int64_t p = 0; p < at->positions; ++p) {
+      const In *gp = g + p * at->g[1], *xp = x + p * at->x[1];
+      const T m = static_cast<T>(load(shift + p * at->shift[1])), r = static_cast<T>(load(scale + p * at->scale[1]));
+      for (int64_t c = 0; c < count; ++c) {
+        const T gi = static_cast<T>(load(gp + c));
+        bias[c] += gi;
+        weight[c] += gi * ((static_cast<T>(load(xp + c)) - m) * r);
+      }
+    }
+  }
+
   static FASTCL_HD T hat(const In* x, const In* shift, const In* scale) {
     return (static_cast<T>(load(x)) - static_cast<T>(load(shift))) * static_cast<T>(load(scale));
   }
@@ -76,27 +104,34 @@ void accumulate(T* weight_out, T* bias_out, const Tensor& grad, const Tensors& n
   const In* shift = normalised ? static_cast<const In*>(norm[1].const_data_ptr()) : g;
   const In* scale = normalised ? static_cast<const In*>(norm[2].const_data_ptr()) : g;
   const int64_t samples = grad.size(0), features = grad.size(2);
-  const int64_t blocks = (features + kFeatures - 1) / kFeatures;
-  // Threads share features, never samples: each sum has one owner and one order.
-  const int64_t width = std::max<int64_t>(1, blocks >= 8 ? kFeatures : (features + 7) / 8);
-  const int64_t tasks = (features + width - 1) / width;
-  par_for(0, tasks, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, width * samples * at.positions)),
-          [&](int64_t first, int64_t last) {
-            T weight[kFeatures], bias[kFeatures];
-            for (int64_t task = first; task < last; ++task) {
-              const int64_t c0 = task * width, count = std::min(width, features - c0);
-              for (int64_t n = 0; n < samples; ++n) {
-                simd<Reduce1<T, In, normalised>>(
-                    weight, bias, g + n * at.g[0] + c0 * at.g[2], x + n * at.x[0] + c0 * at.x[2],
-                    shift + n * at.shift[0] + c0 * at.shift[2], scale + n * at.scale[0] + c0 * at.scale[2], &at, count);
-                for (int64_t c = 0; c < count; ++c) {
-                  const T w = weight[c], b = bias[c];
-                  if (weight_out) weight_out[c0 + c] += power == 2 ? importance_of<2>(w) : importance_of<1>(w);
-                  if (bias_out) bias_out[c0 + c] += power == 2 ? importance_of<2>(b) : importance_of<1>(b);
-                }
-              }
-            }
-          });
+  // Every thread walks samples of its own, and all of their features, which lie side by side in one layout or the
+  // other. The chunks of samples depend on N alone, and are added up in order: so the thread count does not matter.
+  const int64_t each = (samples + kChunks - 1) / kChunks, chunks = (samples + each - 1) / each;
+  std::unique_ptr<T[]> sums(new T[2 * chunks * features]());
+  const auto raised = [power](T value) { return power == 2 ? importance_of<2>(value) : importance_of<1>(value); };
+  par_for(0, chunks, std::max<int64_t>(1, 32768 / (each * features * at.positions)), [&](int64_t first, int64_t last) {
+    T weight[kFeatures], bias[kFeatures];
+    for (int64_t n = first * each; n < std::min(samples, last * each); ++n) {
+      T *w = sums.get() + 2 * (n / each) * features, *b = w + features;
+      for (int64_t c0 = 0; c0 < features; c0 += kFeatures) {
+        const int64_t count = std::min(kFeatures, features - c0);
+        simd<Reduce1<T, In, normalised>>(weight, bias, g + n * at.g[0] + c0 * at.g[2], x + n * at.x[0] + c0 * at.x[2],
+                                         shift + n * at.shift[0] + c0 * at.shift[2],
+                                         scale + n * at.scale[0] + c0 * at.scale[2], &at, count);
+        for (int64_t c = 0; c < count; ++c) {
+          w[c0 + c] += raised(weight[c]);
+          b[c0 + c] += raised(bias[c]);
+        }
+      }
+    }
+  });
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const T *w = sums.get() + 2 * chunk * features, *b = w + features;
+    for (int64_t c = 0; c < features; ++c) {
+      if (weight_out) weight_out[c] += w[c];
+      if (bias_out) bias_out[c] += b[c];
+    }
+  }
 }
 
 // weights and biases: lists of none or one [C]; grad [N, P, C]; normalised: none, or x, shift, scale like grad.
