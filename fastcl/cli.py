@@ -81,12 +81,15 @@ def run(
         method, data, data_root, scenario, setting, tasks, epochs, batch_size, lr, seed, device,
         _options(method, option or []),
     )  # fmt: skip
-    result = _train(_prepare(config, checkpoint, resume))
+    run = _prepare(config, checkpoint, resume)
+    result = _train(run)
     console.print(_matrix_table(result))
     if out is not None:
         write_atomically(out, (json.dumps(result, indent=1) + "\n").encode())
     if plot is not None:
         _plots().result_picture(result, plot)
+        if hasattr(run.learner, "plot_occupancy"):  # methods with masks
+            run.learner.plot_occupancy(plot.with_stem(plot.stem + "-masks"))
 
 
 @app.command()

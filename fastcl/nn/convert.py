@@ -153,8 +153,9 @@ def capacity(model: nn.Module) -> dict[str, Any]:
 
     Returns:
         ``layers``: for every masked layer its ``mask``, ``total`` weights or units, ``reserved`` share, and ``used``,
-        the share of each task; ``reserved``, the share over all layers; ``used`` [T], likewise; ``overlap`` [T][T]: the
-        entries that tasks i and j share, as a part of what task i uses. Soft unit masks count as used from 0.5 on.
+        the share of each task; ``reserved``, the share over all layers, and ``reserved_after`` [T] each task; ``used``
+        [T], likewise; ``overlap`` [T][T]: the entries that tasks i and j share, as a part of what task i uses. Soft
+        unit masks count as used from 0.5 on.
     """
     layers: dict[str, Any] = {}
     per_task: list[list[Tensor]] = []
@@ -175,32 +176,42 @@ def capacity(model: nn.Module) -> dict[str, Any]:
         raise ValueError("capacity: the layers have recorded different numbers of tasks")
     whole = [torch.cat(parts) for parts in zip(*per_task, strict=True)]
     tasks, union = whole[:-1], whole[-1] if whole else torch.zeros(0)
+    so_far = [torch.stack(tasks[: t + 1]).any(0).float().mean() for t in range(len(tasks))]
     return {
         "layers": layers,
         "reserved": float(union.float().mean()) if len(union) else 0.0,
+        "reserved_after": [float(share) for share in so_far],
         "used": [float(m.float().mean()) for m in tasks],
         "overlap": [[float((a & b).sum() / a.sum()) if a.any() else 0.0 for b in tasks] for a in tasks],
     }
 
 
 def plot_capacity(model: nn.Module, path: str | Path) -> None:
-    """Writes a picture: for every layer and task the share used, and the share reserved so far. Needs matplotlib."""
+    """Writes a picture: what each task uses of every layer, what is reserved so far, what tasks share (matplotlib)."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     report = capacity(model)
-    tasks = range(1, len(report["used"]) + 1)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    tasks = list(range(1, len(report["used"]) + 1))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=(1.3, 1), layout="constrained")
+    left.fill_between(tasks, [100 * r for r in report["reserved_after"]], color="#dddddd", label="reserved so far")
     for name, layer in report["layers"].items():
-        left.plot(tasks, layer["used"], marker="o", label=name)
-    left.set(xlabel="task", ylabel="share of the mask that is on", ylim=(0, 1), title="used by each task")
-    left.legend(fontsize="small")
-    image = right.imshow(report["overlap"] or [[0.0]], vmin=0, vmax=1, cmap="viridis")
-    right.set(
-        xlabel="task j", ylabel="task i", title=f"shared with j of what i uses; {report['reserved']:.0%} reserved"
-    )
+        used = [100 * u for u in layer["used"]]
+        left.plot(tasks, used, marker="o", label=f"layer {name}, {layer['total']} {layer['mask']}s")
+    left.set(xlabel="task", ylabel="% of the layer's mask", ylim=(0, 100), title="used by each task", xticks=tasks)
+    left.legend(fontsize="small", frameon=False)
+    left.spines[["top", "right"]].set_visible(False)
+    overlap = [[100 * share for share in row] for row in report["overlap"]]
+    image = right.imshow(overlap or [[0.0]], vmin=0, vmax=100, cmap="Greens")
+    for i, row in enumerate(overlap if len(tasks) <= 10 else []):
+        for j, share in enumerate(row):
+            colour = "white" if share > 60 else "black"
+            right.text(j, i, f"{share:.0f}", ha="center", va="center", fontsize="small", color=colour)
+    right.set(xlabel="task j", ylabel="task i", title="% of what i uses that j uses too")
+    right.set_xticks(range(len(tasks)), tasks)
+    right.set_yticks(range(len(tasks)), tasks)
     figure.colorbar(image, ax=right)
-    figure.savefig(path)
+    figure.savefig(path, dpi=130)
     plt.close(figure)
