@@ -160,6 +160,8 @@ def main() -> None:
             print(f"{i}/{len(jobs)} {chosen['scenario']} {chosen['setting']} {chosen['label']}", end=" ", flush=True)
             print(f"seed {chosen['seed']}: {100 * line['average_accuracy']:.2f}%, {line['seconds']:.0f} s", flush=True)
     (RESULTS / f"{arguments.table}.md").write_text(table(arguments.table, experiments, read(lines)))
+    if arguments.table == "exactness":
+        over_lambda(experiments, read(lines), RESULTS / "exactness.png")
 
 
 def table(name: str, experiments: list[Experiment], done: dict[str, dict[str, Any]]) -> str:
@@ -190,6 +192,35 @@ def table(name: str, experiments: list[Experiment], done: dict[str, dict[str, An
             )
             text.append(row)
     return "\n".join(text) + "\n"
+
+
+def over_lambda(experiments: list[Experiment], done: dict[str, dict[str, Any]], path: Path) -> None:
+    """The picture of `exactness`: accuracy over lambda, a line for every kind of Fisher, a panel for every stream."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    streams = list(dict.fromkeys((e.scenario, e.setting) for e in experiments))
+    figure, axes = plt.subplots(1, len(streams), figsize=(5.2 * len(streams), 4), squeeze=False, layout="constrained")
+    colours = {"exact": "#2a7f62", "empirical": "#3b6fb6", "batched": "#c0563f"}
+    for axis, stream in zip(axes[0], streams, strict=True):
+        for kind, colour in colours.items():
+            points = []
+            for e in experiments:
+                runs = [done[e.key(n)]["average_accuracy"] for n in range(e.seeds) if e.key(n) in done]
+                if (e.scenario, e.setting) == stream and e.label == kind and runs:
+                    points.append((e.options["strength"], [100 * r for r in runs]))
+            if points:
+                x, y = [p[0] for p in points], [statistics.mean(p[1]) for p in points]
+                axis.plot(x, y, "o-", color=colour, label=kind)
+                axis.fill_between(x, [min(p[1]) for p in points], [max(p[1]) for p in points], color=colour, alpha=0.15)
+        axis.set(
+            xscale="log", xlabel="lambda", ylabel="average accuracy, %", title=f"EWC, {stream[0]} MNIST, {stream[1]}"
+        )
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(title="Fisher", frameon=False)
+    figure.savefig(path, dpi=130)
 
 
 def spread(values: list[float]) -> str:
