@@ -58,6 +58,8 @@ struct ChannelsLast {
   }
 };
 
+constexpr int kSlack = 16;  // short segments (few channels) are copied in this length, known to the compiler
+
 struct Segment {
   int64_t from, to, length;  // offset from a position's corner, offset in the panel's row, values
 };
@@ -68,11 +70,17 @@ struct CopySegments {
                             const Segment* segments, int64_t n_segments, int64_t width, int64_t used) {
     for (int64_t r = 0; r < rows; ++r, panel += width) {
       const T* x = corner + row_offsets[r];
-      for (int64_t s = 0; s < n_segments; ++s)
-        for (int64_t k = 0; k < segments[s].length; ++k) {
-          const T value = x[segments[s].from + k];
-          panel[segments[s].to + k] = power == 0 ? value : importance_of<power>(value);
+      for (int64_t s = 0; s < n_segments; ++s) {
+        const T* from = x + segments[s].from;
+        T* to = panel + segments[s].to;
+        if (segments[s].length <= kSlack) {  // what is too much is overwritten by the next segment, zeros or row
+          T values[kSlack];
+          for (int k = 0; k < kSlack; ++k) values[k] = power == 0 ? from[k] : importance_of<power>(from[k]);
+          for (int k = 0; k < kSlack; ++k) to[k] = values[k];
+          continue;
         }
+        for (int64_t k = 0; k < segments[s].length; ++k) to[k] = power == 0 ? from[k] : importance_of<power>(from[k]);
+      }
       for (int64_t k = used; k < width; ++k) panel[k] = T(0);
     }
   }
@@ -80,7 +88,14 @@ struct CopySegments {
 
 // out is [outputs][taps][channels / groups]
 template <class T, class In>
-void accumulate(T* out, const Operand& g, const In* input, const Geometry& geo, int power) {
+void accumulate(T* out, const Operand& g, const In* input, const Geometry& geo, int power, bool whole = true) {
+  const int64_t size = geo.outputs * (geo.channels / geo.groups) * geo.taps();
+  if (whole && is_narrow(size, geo.samples, geo.positions()))
+    return by_samples(out, size, geo.samples, [&](T* sums, int64_t first, int64_t last) {
+      Geometry part = geo;
+      part.samples = last - first;
+      accumulate<T, In>(sums, samples_of<In>(g, first, last), input + first * geo.in_strides[0], part, power, false);
+    });
   const TileChoice<T> tile = choose_tile<T>();
   const int64_t positions = geo.positions(), c_group = geo.channels / geo.groups, o_group = geo.outputs / geo.groups;
   const bool factorises = positions == 1;
@@ -90,7 +105,7 @@ void accumulate(T* out, const Operand& g, const In* input, const Geometry& geo, 
   const int64_t line = geo.padded(2) * geo.channels, plane = geo.padded(1) * line, volume = geo.padded(0) * plane;
   const int64_t max_rows = per_block * positions;
   std::unique_ptr<T[]> g_packed(new T[geo.groups * g_panels * tile.mr * max_rows]);
-  std::unique_ptr<T[]> image(new T[per_block * volume]);
+  std::unique_ptr<T[]> image(new T[per_block * volume + kSlack]());
 
   // where each row's receptive field begins, and where each tap of it lies
   std::vector<int64_t> row_offsets(max_rows);

@@ -11,7 +11,11 @@ constexpr const char* kOp = "accumulate_outer_";
 constexpr int64_t kRows = 256;
 
 template <class T, class In>
-void accumulate(T* out, const Operand& g, const Operand& a, int power) {
+void accumulate(T* out, const Operand& g, const Operand& a, int power, bool whole = true) {
+  if (whole && is_narrow(g.features * a.features, g.samples, g.positions))
+    return by_samples(out, g.features * a.features, g.samples, [&](T* sums, int64_t first, int64_t last) {
+      accumulate<T, In>(sums, samples_of<In>(g, first, last), samples_of<In>(a, first, last), power, false);
+    });
   const TileChoice<T> tile = choose_tile<T>();
   const bool factorises = g.positions == 1;
   const int pack_power = factorises ? power : 0;

@@ -15,6 +15,13 @@ struct Operand {
   int64_t sample_stride, position_stride, feature_stride;
 };
 
+template <class In>
+Operand samples_of(Operand operand, int64_t first, int64_t last) {
+  operand.data = static_cast<const In*>(operand.data) + first * operand.sample_stride;
+  operand.samples = last - first;
+  return operand;
+}
+
 // Panel: rows x width values, zero beyond `features`; |.|^power applied here when the product factorises (0: not).
 template <class T, class In, int power>
 struct PackPanel {
@@ -81,7 +88,7 @@ void multiply(T* out, const Block<T>& block, const PackA& pack_a) {
   const int64_t splits = std::min(g_panels, ceil_div(8, a_panels * block.groups));
   const int64_t work = block.rows * tile.nr * ceil_div(g_panels, splits) * tile.mr;
   par_for(0, block.groups * a_panels * splits, std::max<int64_t>(1, 500000 / work), [&](int64_t first, int64_t last) {
-    std::unique_ptr<T[]> a_packed(new T[block.rows * tile.nr]);
+    std::unique_ptr<T[]> a_packed(new T[block.rows * tile.nr + 16]);  // packing may write past a row
     std::unique_ptr<T[]> edge(new T[tile.mr * tile.nr]);
     int64_t packed = -1;
     for (int64_t task = first; task < last; ++task) {
@@ -104,6 +111,26 @@ void multiply(T* out, const Block<T>& block, const PackA& pack_a) {
       }
     }
   });
+}
+
+// A narrow weight has too few tiles to share among threads, and each block of rows would wait for all of them. Then the
+// threads share samples: in chunks that depend on the problem alone, added up in order.
+constexpr int64_t kSampleChunks = 16;
+inline bool is_narrow(int64_t weights, int64_t samples, int64_t positions) {
+  return weights <= 65536 && samples >= kSampleChunks && samples * positions >= 4096;
+}
+
+// run(sums, first sample, last sample) adds to `sums`, `size` values.
+template <class T, class Run>
+void by_samples(T* out, int64_t size, int64_t samples, const Run& run) {
+  const int64_t each = ceil_div(samples, kSampleChunks), chunks = ceil_div(samples, each);
+  std::unique_ptr<T[]> sums(new T[chunks * size]());
+  par_for(0, chunks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t chunk = first; chunk < last; ++chunk)
+      run(sums.get() + chunk * size, chunk * each, std::min(samples, (chunk + 1) * each));
+  });
+  for (int64_t chunk = 0; chunk < chunks; ++chunk)
+    for (int64_t i = 0; i < size; ++i) out[i] += sums[chunk * size + i];
 }
 
 }  // namespace fastcl
