@@ -152,7 +152,8 @@ def test_em_iteration(contest: Callable, device: torch.device, k: int, d: int, c
         "fastcl": lambda: gmm._step(x, em.Mixture(*(t.clone() for t in vars(start).values())))[0].means,
         "scikit-learn": sklearn,
     }
-    if importlib.util.find_spec("pomegranate") is not None and kind == "full":
+    # pomegranate does not regularise: with 100 components of 128 dimensions its covariances become singular
+    if importlib.util.find_spec("pomegranate") is not None and kind == "full" and k * d <= 3200:
         from pomegranate.distributions import Normal
         from pomegranate.gmm import GeneralMixtureModel
 

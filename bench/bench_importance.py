@@ -51,7 +51,7 @@ def test_penalty_with_gradient(contest: Callable, compiled: Callable, copy_rate:
         slope = torch._foreach_mul(importances, drift)
         torch._foreach_mul_(slope, STRENGTH)
         torch._foreach_add_(grads, slope)
-        return 0.5 * torch.dot(torch.cat([t.flatten() for t in slope]), torch.cat([t.flatten() for t in drift]))
+        return 0.5 * torch.stack([(s * d).sum() for s, d in zip(slope, drift, strict=True)]).sum()
 
     @torch.no_grad()
     def fused(check: bool) -> torch.Tensor:
