@@ -11,7 +11,6 @@ struct Sparsity {  // sums m (1 - r) and 1 - r
   static FASTCL_HD void run(const T* FASTCL_RESTRICT m, MaskView reserved, double* used, double* free_total,
                             int64_t begin, int64_t n) {
     alignas(64) A free[kMaskBlock];
-    constexpr int kLanes = 16;
     double lane[kLanes] = {}, frees[kLanes] = {};
     for (int64_t at = 0; at < n; at += kMaskBlock) {
       const int64_t count = std::min(kMaskBlock, n - at);

@@ -9,14 +9,6 @@
 namespace fastcl {
 namespace {
 
-constexpr int kLanes = 16;  // partial sums; fixed, so that a sum does not depend on the vector width
-
-inline double sum_lanes(const double* lane) {
-  double total = 0;
-  for (int l = 0; l < kLanes; ++l) total += lane[l];
-  return total;
-}
-
 // out = w o m; with `kept`, the sum of m (1 - r) is returned (eq. 5's numerator).
 template <class T, bool kKept>
 struct MaskedWeight {

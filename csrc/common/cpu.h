@@ -101,6 +101,17 @@ void par_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
 #endif
 }
 
+// ---- sums ----
+
+constexpr int kLanes = 16;  // partial sums; fixed, so that a sum does not depend on the vector width
+
+// In double: a million equal terms in float lanes came out 1e-5 off, and the loop waits for memory anyway.
+inline double sum_lanes(const double* lane) {
+  double total = 0;
+  for (int l = 0; l < kLanes; ++l) total += lane[l];
+  return total;
+}
+
 // ---- dtypes: half precision is converted at load and rounded once at store; arithmetic is float or double ----
 
 using BFloat16 = torch::headeronly::BFloat16;

@@ -31,7 +31,6 @@ struct Reduce1 {
       if (at->shift[2] == 0 && at->scale[2] == 0) return per_position(weight, bias, g, x, shift, scale, at, count);
     }
     for (int64_t c = 0; c < count; ++c) {
-      constexpr int kLanes = 16;  // fixed, so that sums do not depend on the vector width
       T w_lane[kLanes] = {}, b_lane[kLanes] = {};
       const In *gc = g + c * at->g[2], *xc = x + c * at->x[2];
       const In *shift_c = shift + c * at->shift[2], *scale_c = scale + c * at->scale[2];

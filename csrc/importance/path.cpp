@@ -9,8 +9,6 @@
 namespace fastcl {
 namespace {
 
-constexpr int kLanes = 16;  // partial sums; fixed, so that a sum does not depend on the vector width
-
 // A list's dtype: the parameters' own; the one their arithmetic is in (float32, or float64 for float64); or the one
 // importances are stored in (the parameters', float32 or bfloat16).
 enum class Kind { value, sum, stored };
@@ -332,9 +330,7 @@ struct MergeAnchored {
     for (; i + kLanes <= n; i += kLanes)
       for (int l = 0; l < kLanes; ++l) one(i + l, l);
     for (; i < n; ++i) one(i, static_cast<int>(i % kLanes));
-    double total = 0;
-    for (double part : lane) total += part;
-    return total;
+    return sum_lanes(lane);
   }
 };
 

@@ -7,15 +7,6 @@
 namespace fastcl {
 namespace {
 
-constexpr int kLanes = 16;  // partial sums; fixed, so that a sum does not depend on the vector width
-
-// In double: a million equal terms in float lanes came out 1e-5 off, and the loop waits for memory anyway.
-inline double sum_lanes(const double* lane) {
-  double total = 0;
-  for (int l = 0; l < kLanes; ++l) total += lane[l];
-  return total;
-}
-
 template <class T, class F>
 struct Penalty {
   static FASTCL_HD double run(const T* FASTCL_RESTRICT p, const T* FASTCL_RESTRICT a, const F* FASTCL_RESTRICT f,
