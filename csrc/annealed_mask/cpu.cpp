@@ -15,17 +15,8 @@ struct AnnealedMask {
   }
 };
 
-template <class T>
-struct AnnealedMaskBackward {
-  static FASTCL_HD void run(T* FASTCL_RESTRICT ge, const T* FASTCL_RESTRICT gm, const T* FASTCL_RESTRICT e,
-                            double scale, int64_t n) {
-    const auto s = static_cast<arithmetic_t<T>>(scale);
-    for (int64_t i = 0; i < n; ++i) store(ge + i, load(gm + i) * annealed_mask_slope(load(e + i), s));
-  }
-};
-
 template <class T, Compensation kind>
-struct CompensatedMaskBackward {
+struct MaskBackward {
   static FASTCL_HD void run(T* FASTCL_RESTRICT ge, const T* FASTCL_RESTRICT gm, const T* FASTCL_RESTRICT e,
                             double scale, double s_max, int64_t n) {
     using A = arithmetic_t<T>;
@@ -36,14 +27,6 @@ struct CompensatedMaskBackward {
 
 void check_scale(const char* op, double scale) {
   FASTCL_CHECK(std::isfinite(scale) && scale >= 0, op, ": scale is ", scale, " but must be finite and not negative");
-}
-
-// One output over one virtual array; sigmoid costs about ten multiplies, hence the ordinary chunk.
-template <class F>
-void for_elements(int64_t numel, const F& f) {
-  VirtualArray all;
-  all.add(numel);
-  all.for_each([&](size_t, int64_t begin, int64_t end, int64_t) { f(begin, end - begin); });
 }
 
 Tensor mask_of(const char* op, Tensor embedding, double scale) {
@@ -73,10 +56,9 @@ Tensor compensated_mask_cpu(Tensor embedding, double scale, double s_max, bool l
   return mask_of("compensated_mask", embedding, scale);
 }
 
-Tensor compensated_mask_backward_cpu(Tensor grad, Tensor embedding, double scale, double s_max, bool literal) {
-  const char* op = "compensated_mask_backward";
+template <Compensation kind>
+Tensor mask_backward(const char* op, Tensor grad, Tensor embedding, double scale, double s_max) {
   check_scale(op, scale);
-  check_compensation(op, scale, s_max, literal);
   check_like(grad, embedding, op, "grad", "embedding");
   check_same_dtype(grad, embedding, op, "grad", "embedding");
   Tensor grad_embedding = fresh(torch::stable::empty_like(embedding));
@@ -88,33 +70,21 @@ Tensor compensated_mask_backward_cpu(Tensor grad, Tensor embedding, double scale
     const T* gm = static_cast<const T*>(grad.const_data_ptr());
     const T* e = static_cast<const T*>(embedding.const_data_ptr());
     for_elements(embedding.numel(), [&](int64_t begin, int64_t n) {
-      if (literal)
-        simd<CompensatedMaskBackward<T, Compensation::literal>>(ge + begin, gm + begin, e + begin, scale, s_max, n);
-      else
-        simd<CompensatedMaskBackward<T, Compensation::analytic>>(ge + begin, gm + begin, e + begin, scale, s_max, n);
+      simd<MaskBackward<T, kind>>(ge + begin, gm + begin, e + begin, scale, s_max, n);
     });
   });
   return grad_embedding;
 }
 
 Tensor annealed_mask_backward_cpu(Tensor grad, Tensor embedding, double scale) {
-  const char* op = "annealed_mask_backward";
-  check_scale(op, scale);
-  check_like(grad, embedding, op, "grad", "embedding");
-  check_same_dtype(grad, embedding, op, "grad", "embedding");
-  Tensor grad_embedding = fresh(torch::stable::empty_like(embedding));
-  embedding = in_layout_of(embedding, grad_embedding);
-  grad = in_layout_of(grad, grad_embedding);
-  dispatch_float(embedding.scalar_type(), op, "embedding", [&](auto type) {
-    using T = decltype(type);
-    T* ge = static_cast<T*>(grad_embedding.mutable_data_ptr());
-    const T* gm = static_cast<const T*>(grad.const_data_ptr());
-    const T* e = static_cast<const T*>(embedding.const_data_ptr());
-    for_elements(embedding.numel(), [&](int64_t begin, int64_t n) {
-      simd<AnnealedMaskBackward<T>>(ge + begin, gm + begin, e + begin, scale, n);
-    });
-  });
-  return grad_embedding;
+  return mask_backward<Compensation::none>("annealed_mask_backward", grad, embedding, scale, 1.0);
+}
+
+Tensor compensated_mask_backward_cpu(Tensor grad, Tensor embedding, double scale, double s_max, bool literal) {
+  const char* op = "compensated_mask_backward";
+  check_compensation(op, scale, s_max, literal);
+  return literal ? mask_backward<Compensation::literal>(op, grad, embedding, scale, s_max)
+                 : mask_backward<Compensation::analytic>(op, grad, embedding, scale, s_max);
 }
 
 }  // namespace

@@ -59,14 +59,13 @@ struct MaskedWeightBackward {
         const A x = load(e + at + i), grad = load(g + at + i);
         MaskAndSlope<A> both = annealed_mask_and_slope(x, s);
         if constexpr (kind != Compensation::none) both.slope = mask_slope<kind>(x, s, top);
-        store(to_w + i, shared(grad * both.mask, free[i]));
+        store(to_w + i, free_part(grad * both.mask, free[i]));
         store(to_e + i, (grad * load(w + at + i) + gk * free[i]) * both.slope);
       }
       for (int64_t i = 0; i < m; ++i) gw[at + i] = to_w[i];
       for (int64_t i = 0; i < m; ++i) ge[at + i] = to_e[i];
     }
   }
-  static FASTCL_HD A shared(A g, A free) { return free == A(0) ? A(0) : g * free; }
 };
 
 template <class T>
@@ -106,22 +105,6 @@ struct Gates {  // masks and slopes of a few units, once each
       const A x = load(e + i);
       mask[i] = annealed_mask(x, static_cast<A>(scale));
       slope[i] = mask_slope<kind>(x, static_cast<A>(scale), static_cast<A>(s_max));
-    }
-  }
-};
-
-template <class T>
-struct ShareGradient {
-  using A = arithmetic_t<T>;
-  static FASTCL_HD void run(T* FASTCL_RESTRICT g, MaskView mask, int64_t begin, int64_t n) {
-    alignas(64) A free[kMaskBlock];
-    for (int64_t at = 0; at < n; at += kMaskBlock) {
-      const int64_t m = std::min(kMaskBlock, n - at);
-      free_shares(free, mask, begin + at, m);
-      for (int64_t i = 0; i < m; ++i) {
-        const A value = load(g + at + i);
-        store(g + at + i, free[i] == A(0) ? A(0) : value * free[i]);
-      }
     }
   }
 };

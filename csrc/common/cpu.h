@@ -284,4 +284,12 @@ class VirtualArray {
   int64_t size_ = 0;
 };
 
+// f(begin, n) over the pieces of one array.
+template <class F>
+void for_elements(int64_t numel, const F& f) {
+  VirtualArray all;
+  all.add(numel);
+  all.for_each([&](size_t, int64_t begin, int64_t end, int64_t) { f(begin, end - begin); });
+}
+
 }  // namespace fastcl

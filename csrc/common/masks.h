@@ -75,6 +75,25 @@ FASTCL_HD void free_shares(A* FASTCL_RESTRICT free, const MaskView& mask, int64_
   }
 }
 
+// g (1 - r): 0 where reserved, also where g is Inf or NaN.
+template <class A>
+FASTCL_HD A free_part(A g, A free) {
+  return free == A(0) ? A(0) : g * free;
+}
+
+// g = g (1 - r) on the weights begin..begin+n, whose gradients start at g.
+template <class T>
+struct ShareGradient {
+  static FASTCL_HD void run(T* FASTCL_RESTRICT g, MaskView mask, int64_t begin, int64_t n) {
+    alignas(64) arithmetic_t<T> free[kMaskBlock];
+    for (int64_t at = 0; at < n; at += kMaskBlock) {
+      const int64_t m = std::min(kMaskBlock, n - at);
+      free_shares(free, mask, begin + at, m);
+      for (int64_t i = 0; i < m; ++i) store(g + at + i, free_part(load(g + at + i), free[i]));
+    }
+  }
+};
+
 // Keeps every bit where the weight is reserved; the choice is made on the stored bits, so also for NaN payloads.
 FASTCL_HD void store_free(float* x, float free, float value) { *x = free == 0.f ? *x : value; }
 FASTCL_HD void store_free(double* x, double free, double value) { *x = free == 0.0 ? *x : value; }

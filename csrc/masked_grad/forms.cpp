@@ -9,19 +9,6 @@
 namespace fastcl {
 namespace {
 
-template <class T>
-struct SharedGrad {
-  using A = arithmetic_t<T>;
-  static FASTCL_HD void run(T* FASTCL_RESTRICT g, MaskView mask, int64_t begin, int64_t n) {
-    alignas(64) A free[kMaskBlock];
-    for (int64_t at = 0; at < n; at += kMaskBlock) {
-      const int64_t m = std::min(kMaskBlock, n - at);
-      free_shares(free, mask, begin + at, m);
-      for (int64_t i = 0; i < m; ++i) store(g + at + i, shared_grad(load(g + at + i), free[i]));
-    }
-  }
-};
-
 void masked_grad_any_(Tensors grads, Tensors reserved, Tensors columns) {
   masked_grad_any("masked_grad_any_", std::move(grads), reserved, columns);
 }
@@ -46,13 +33,6 @@ struct Unpack {
     for (int64_t i = 0; i < n; ++i) r[i] = (bytes[i >> 3] >> (i & 7)) & 1;
   }
 };
-
-template <class F>
-void for_elements(int64_t numel, const F& f) {
-  VirtualArray all;
-  all.add(numel);
-  all.for_each([&](size_t, int64_t begin, int64_t end, int64_t) { f(begin, end - begin); });
-}
 
 Tensor pack_mask(Tensor mask) {
   const char* op = "pack_mask";
@@ -104,7 +84,7 @@ void masked_grad_any(const char* op, Tensors grads, const Tensors& reserved, con
   all.for_each([&](size_t t, int64_t begin, int64_t end, int64_t) {
     dispatch_float(work[t].scalar_type(), op, "grads", [&](auto type) {
       using T = decltype(type);
-      simd<SharedGrad<T>>(static_cast<T*>(work[t].mutable_data_ptr()) + begin, masks[t].view(), begin, end - begin);
+      simd<ShareGradient<T>>(static_cast<T*>(work[t].mutable_data_ptr()) + begin, masks[t].view(), begin, end - begin);
     });
   });
   for (size_t i = 0; i < grads.size(); ++i)

@@ -24,12 +24,6 @@ FASTCL_HD double masked_grad_bits(double g, uint8_t r) {
   return g;
 }
 
-// The same from the free share 1 - r, for masks stored as bits or as two vectors.
-template <class T>
-FASTCL_HD T shared_grad(T g, T free) {
-  return free == T(0) ? T(0) : g * free;
-}
-
 // One step of SGD (torch.optim.SGD) on one free weight. `first` starts the momentum buffer with the gradient.
 template <class A>
 struct Sgd {

@@ -36,8 +36,15 @@ class MaskedLayer:
     embedding: nn.Parameter
     masks: Tensor  # weight: uint8 [T, bytes], packed in contiguous order; unit: float32 [T, units]
 
-    def _start(
-        self, mask: str, activation: Callable[[Tensor], Tensor] | None, s_max: float, binary: bool, compensate: bool
+    def __init__(
+        self,
+        *args: Any,
+        mask: str = "weight",
+        activation: Callable[[Tensor], Tensor] | None = None,
+        s_max: float = 400.0,
+        binary: bool = True,
+        compensate: bool = True,
+        **kwargs: Any,
     ) -> None:
         if mask not in ("weight", "unit"):
             raise ValueError(f"mask is {mask!r} but must be weight or unit")
@@ -45,6 +52,7 @@ class MaskedLayer:
             raise ValueError(f"s_max is {s_max} but must be finite and at least 1")
         if activation is not None and mask == "weight":
             raise ValueError("activation is for unit masks: a weight mask leaves the output alone")
+        super().__init__(*args, **kwargs)  # torch's layer
         self.mask, self.activation, self.s_max = mask, activation, float(s_max)
         self.binary, self.compensate = binary or mask == "weight", compensate
         self.scale, self.task = float(s_max), None
@@ -174,37 +182,11 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         torch.Size([8, 400])
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        mask: str = "weight",
-        activation: Callable[[Tensor], Tensor] | None = None,
-        s_max: float = 400.0,
-        binary: bool = True,
-        compensate: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        nn.Linear.__init__(self, *args, **kwargs)
-        self._start(mask, activation, s_max, binary, compensate)
-
     def forward(self, x: Tensor) -> Tensor:
         return self._gated(nn.functional.linear(x, self._effective_weight(), self.bias))
 
 
 class _MaskedConv(MaskedLayer):
-    def __init__(
-        self,
-        *args: Any,
-        mask: str = "weight",
-        activation: Callable[[Tensor], Tensor] | None = None,
-        s_max: float = 400.0,
-        binary: bool = True,
-        compensate: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self._start(mask, activation, s_max, binary, compensate)
-
     def forward(self, x: Tensor) -> Tensor:
         return self._gated(self._conv_forward(x, self._effective_weight(), self.bias))  # type: ignore[attr-defined]
 

@@ -88,7 +88,7 @@ def pack_mask(mask: Tensor) -> Tensor:
     """A bool mask as bits, one an element: bit i % 8 of byte i // 8, i counted in the mask's memory order.
 
     Args:
-        mask: bool, any shape and dense layout (a tensor with gaps is taken in contiguous order). Where it is meant for
+        mask: bool, any shape and layout (one with gaps: in the order that torch.empty_like gives it). Where it is for
             a weight in another layout (channels_last), bring it to that layout first.
 
     Returns:
