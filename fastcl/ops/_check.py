@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+
+T = TypeVar("T")
+Checked = Generator[None, None, T]
+
+
+def reference(body: Callable[..., Checked[T]]) -> Callable[..., T]:
+    """A reference in two parts: what stands before its ``yield`` checks and writes nothing, the rest computes.
+
+    ``reference.check(*args)`` is the first part alone: the Triton halves begin with it.
+    """
+
+    @functools.wraps(body)
+    def run(*args: Any, **kwargs: Any) -> T:
+        parts = body(*args, **kwargs)
+        next(parts)
+        try:
+            next(parts)
+        except StopIteration as result:
+            return result.value
+        raise AssertionError(f"{body.__name__} yields twice")
+
+    run.check = lambda *args: next(body(*args))  # type: ignore[attr-defined]
+    return run
+
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -8,21 +8,26 @@ import torch
 from torch import Tensor
 
 from .. import _check
+from .._check import Checked
 
 
-def annealed_mask(embedding: Tensor, scale: float) -> Tensor:
+@_check.reference
+def annealed_mask(embedding: Tensor, scale: float) -> Checked[Tensor]:
     _check.number("annealed_mask", "scale", scale)
     _check.floating("annealed_mask", "embedding", embedding)
+    yield
     wide = torch.promote_types(embedding.dtype, torch.float32)
     # in the embedding's memory order, as the kernel gives it
     return torch.empty_like(embedding).copy_(torch.sigmoid(embedding.to(wide) * scale))
 
 
-def annealed_mask_backward(grad: Tensor, embedding: Tensor, scale: float) -> Tensor:
+@_check.reference
+def annealed_mask_backward(grad: Tensor, embedding: Tensor, scale: float) -> Checked[Tensor]:
     op = "annealed_mask_backward"
     _check.number(op, "scale", scale)
     _check.like(op, "grad", grad, "embedding", embedding, dtype=True)
     _check.floating(op, "embedding", embedding)
+    yield
     # in the embedding's memory order, as the kernel gives it
     return torch.empty_like(embedding).copy_(grad.to(_wide(embedding)) * slope(embedding, scale))
 
@@ -40,18 +45,24 @@ def _wide(t: Tensor) -> torch.dtype:
 NONE, ANALYTIC, LITERAL = 0, 1, 2  # enum Compensation of csrc/annealed_mask/math.h
 
 
-def compensated_mask(embedding: Tensor, scale: float, s_max: float, literal: bool) -> Tensor:
+@_check.reference
+def compensated_mask(embedding: Tensor, scale: float, s_max: float, literal: bool) -> Checked[Tensor]:
     _scales("compensated_mask", scale, s_max, LITERAL if literal else ANALYTIC)
     _check.floating("compensated_mask", "embedding", embedding)
+    yield
     return annealed_mask(embedding, scale)
 
 
-def compensated_mask_backward(grad: Tensor, embedding: Tensor, scale: float, s_max: float, literal: bool) -> Tensor:
+@_check.reference
+def compensated_mask_backward(
+    grad: Tensor, embedding: Tensor, scale: float, s_max: float, literal: bool
+) -> Checked[Tensor]:
     op = "compensated_mask_backward"
     kind = LITERAL if literal else ANALYTIC
     _scales(op, scale, s_max, kind)
     _check.like(op, "grad", grad, "embedding", embedding, dtype=True)
     _check.floating(op, "embedding", embedding)
+    yield
     return torch.empty_like(embedding).copy_(grad.to(_wide(embedding)) * slope_of(embedding, scale, s_max, kind))
 
 
@@ -67,6 +78,7 @@ def slope_of(embedding: Tensor, scale: float, s_max: float, compensation: int) -
     return scale * m * (1 - m) * (s_max / scale * quotient)
 
 
+@_check.reference
 def masked_weight(
     weight: Tensor,
     embedding: Tensor,
@@ -74,12 +86,14 @@ def masked_weight(
     reserved: Tensor | None = None,
     s_max: float = 0.0,
     compensation: int = NONE,
-) -> Tensor:
+) -> Checked[Tensor]:
     _weight_problem("masked_weight", weight, embedding, scale, reserved, s_max, compensation)
+    yield
     wide = _wide(weight)
     return _like(weight, embedding).copy_(weight.to(wide) * torch.sigmoid(embedding.to(wide) * scale))
 
 
+@_check.reference
 def masked_weight_kept(
     weight: Tensor,
     embedding: Tensor,
@@ -87,11 +101,12 @@ def masked_weight_kept(
     reserved: Tensor | None = None,
     s_max: float = 0.0,
     compensation: int = NONE,
-) -> tuple[Tensor, Tensor]:
+) -> Checked[tuple[Tensor, Tensor]]:
     op = "masked_weight_kept"
     _weight_problem(op, weight, embedding, scale, reserved, s_max, compensation)
     if weight.shape != embedding.shape:
         raise ValueError(f"{op}: embedding must have the shape of weight")
+    yield
     wide = _wide(weight)
     mask = torch.sigmoid(embedding.to(wide) * scale)
     share = _share(reserved, weight)
@@ -99,6 +114,7 @@ def masked_weight_kept(
     return _like(weight, embedding).copy_(weight.to(wide) * mask), kept
 
 
+@_check.reference
 def masked_weight_backward(
     grad: Tensor,
     grad_kept: Tensor | None,
@@ -108,7 +124,7 @@ def masked_weight_backward(
     reserved: Tensor | None = None,
     s_max: float = 0.0,
     compensation: int = NONE,
-) -> tuple[Tensor, Tensor]:
+) -> Checked[tuple[Tensor, Tensor]]:
     op = "masked_weight_backward"
     _check.like(op, "grad", grad, "weight", weight, dtype=True)
     _weight_problem(op, weight, embedding, scale, reserved, s_max, compensation)
@@ -120,6 +136,7 @@ def masked_weight_backward(
         _check.floating(op, "grad_kept", grad_kept)
     if grad_kept is not None and grad_kept.numel() != 1:
         raise ValueError(f"{op}: grad_kept must be one number on the CPU")
+    yield
     wide = _wide(weight)
     g, mask = grad.to(wide), torch.sigmoid(embedding.to(wide) * scale)
     slopes = slope_of(embedding, scale, s_max, compensation)
@@ -134,14 +151,17 @@ def masked_weight_backward(
     return _like(weight, embedding).copy_(grad_weight), like.copy_(through * slopes)
 
 
-def mask_sparsity(masks: list[Tensor], reserved: list[Tensor]) -> Tensor:
+@_check.reference
+def mask_sparsity(masks: list[Tensor], reserved: list[Tensor]) -> Checked[Tensor]:
     _sparsity_problem("mask_sparsity", masks, reserved)
+    yield
     used, free = _sums(masks, reserved)
     wide = torch.float64 if any(m.dtype == torch.float64 for m in masks) else torch.float32
     return torch.where(free > 0, used / free, 0).to(wide)
 
 
-def mask_sparsity_backward(grad: Tensor, masks: list[Tensor], reserved: list[Tensor]) -> list[Tensor]:
+@_check.reference
+def mask_sparsity_backward(grad: Tensor, masks: list[Tensor], reserved: list[Tensor]) -> Checked[list[Tensor]]:
     op = "mask_sparsity_backward"
     _sparsity_problem(op, masks, reserved)
     _check.floating(op, "grad", grad)
@@ -149,6 +169,7 @@ def mask_sparsity_backward(grad: Tensor, masks: list[Tensor], reserved: list[Ten
         _check.device(op, "grad", grad, "masks[0]", masks[0])
     if grad.numel() != 1:
         raise ValueError(f"{op}: grad must be one number on the CPU")
+    yield
     _, free = _sums(masks, reserved)
     factor = torch.where(free > 0, grad.reshape(()).double() / free, 0)
     found = []

@@ -8,16 +8,19 @@ import torch
 from torch import Tensor
 
 from .. import _check
+from .._check import Checked
 
 LOG_2PI = math.log(2 * math.pi)
 
 
-def gmm_sample(labels: Tensor, means: Tensor, scale_trils: Tensor, key: Tensor) -> Tensor:
+@_check.reference
+def gmm_sample(labels: Tensor, means: Tensor, scale_trils: Tensor, key: Tensor) -> Checked[Tensor]:
     op = "gmm_sample"
     _covariance(op, means, scale_trils)
     if key.dtype != torch.int64 or key.numel() != 1 or key.device not in (torch.device("cpu"), means.device):
         raise ValueError(f"{op}: key must be one int64 number on the CPU")
     _check_labels(op, labels, means)
+    yield
     features = means.shape[1]
     if not _check.has_values(means):
         return means.new_empty(labels.shape[0], features)
@@ -74,18 +77,23 @@ def box_muller(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor
     return (radius * torch.cos(angle)).to(dtype), (radius * torch.sin(angle)).to(dtype)
 
 
-def gmm_log_prob(x: Tensor, means: Tensor, scale_trils: Tensor) -> Tensor:
+@_check.reference
+def gmm_log_prob(x: Tensor, means: Tensor, scale_trils: Tensor) -> Checked[Tensor]:
     op = "gmm_log_prob"
     kind = _covariance(op, means, scale_trils)
     _check_matrix(op, "x", x, None, "N", means.shape[1], "D", means, "means")
+    deviations = scale_trils.diagonal(dim1=1, dim2=2) if kind == 3 else scale_trils
+    deviations = deviations.unsqueeze(1) if kind == 1 else deviations
+    if _check.has_values(scale_trils):
+        good = ((deviations > 0) & torch.isfinite(deviations)).all(1)
+        if not good.all():
+            k = int((~good).nonzero()[0])
+            raise ValueError(f"{op}: scale_trils of component {k} must have a positive, finite diagonal")
+    yield
     if not _check.has_values(x):
         return x.new_empty(x.shape[0], means.shape[0])
     wide = torch.promote_types(x.dtype, torch.float32)
-    points, mu, scale = x.to(wide), means.to(wide), scale_trils.to(wide)
-    deviations = scale.diagonal(dim1=1, dim2=2) if kind == 3 else scale if kind == 2 else scale.unsqueeze(1)
-    for k in range(len(mu)):
-        if not ((deviations[k] > 0) & torch.isfinite(deviations[k])).all():
-            raise ValueError(f"{op}: scale_trils of component {k} must have a positive, finite diagonal")
+    points, mu, scale, deviations = x.to(wide), means.to(wide), scale_trils.to(wide), deviations.to(wide)
     columns = []
     for k in range(len(mu)):  # one [N, D] at a time
         apart = points - mu[k]
@@ -98,19 +106,27 @@ def gmm_log_prob(x: Tensor, means: Tensor, scale_trils: Tensor) -> Tensor:
     return torch.stack(columns, 1).to(x.dtype)
 
 
-def gmm_statistics(x: Tensor, responsibilities: Tensor, centers: Tensor, full: bool) -> tuple[Tensor, Tensor, Tensor]:
+@_check.reference
+def gmm_statistics(
+    x: Tensor, responsibilities: Tensor, centers: Tensor, full: bool
+) -> Checked[tuple[Tensor, Tensor, Tensor]]:
     op = "gmm_statistics"
     _check_centers(op, x, centers)
     _check_matrix(op, "responsibilities", responsibilities, x.shape[0], "N", centers.shape[0], "K", x, "x and centers")
+    yield
     return _statistics(x, centers, full, lambda k: (x, responsibilities[:, k]))
 
 
-def gmm_class_statistics(x: Tensor, labels: Tensor, centers: Tensor, full: bool) -> tuple[Tensor, Tensor, Tensor]:
+@_check.reference
+def gmm_class_statistics(
+    x: Tensor, labels: Tensor, centers: Tensor, full: bool
+) -> Checked[tuple[Tensor, Tensor, Tensor]]:
     op = "gmm_class_statistics"
     _check_centers(op, x, centers)
     if labels.dim() != 1 or labels.shape[0] != x.shape[0]:
         raise ValueError(f"{op}: labels must have one label for each of the {x.shape[0]} samples of x")
     _check_labels(op, labels, centers)
+    yield
 
     def members(k: int) -> tuple[Tensor, Tensor]:
         rows = x[labels == k]

@@ -8,16 +8,19 @@ import torch
 from torch import Tensor
 
 from .. import _check
+from .._check import Checked
 
 
+@_check.reference
 def quadratic_penalty(
     params: list[Tensor],
     anchors: list[Tensor],
     importances: list[Tensor],
     strength: float,
     check: bool,
-) -> Tensor:
+) -> Checked[Tensor]:
     _check_problem("quadratic_penalty", params, anchors, importances, strength, check)
+    yield
     total = sum(
         (f.to(_wide(p)).double() * (p.double() - a.double()).square()).sum()
         for p, a, f in zip(params, anchors, importances, strict=True)
@@ -25,13 +28,14 @@ def quadratic_penalty(
     return _value(total, params, strength)
 
 
+@_check.reference
 def quadratic_penalty_backward(
     grad_value: Tensor,
     params: list[Tensor],
     anchors: list[Tensor],
     importances: list[Tensor],
     strength: float,
-) -> list[Tensor]:
+) -> Checked[list[Tensor]]:
     op = "quadratic_penalty_backward"
     _check_problem(op, params, anchors, importances, strength, False)
     _check.floating(op, "grad_value", grad_value)
@@ -39,12 +43,14 @@ def quadratic_penalty_backward(
         raise ValueError(f"{op}: grad_value must be one number")
     if params:
         _check.device(op, "grad_value", grad_value, "params[0]", params[0])
+    yield
     return [
         torch.empty_like(p).copy_(grad_value.to(_wide(p)) * _slope(p, a, f, strength))
         for p, a, f in zip(params, anchors, importances, strict=True)
     ]
 
 
+@_check.reference
 def quadratic_penalty_grad_(
     grads: list[Tensor],
     params: list[Tensor],
@@ -52,7 +58,7 @@ def quadratic_penalty_grad_(
     importances: list[Tensor],
     strength: float,
     check: bool,
-) -> Tensor:
+) -> Checked[Tensor]:
     op = "quadratic_penalty_grad_"
     _check.lengths(op, "grads", len(grads), "params", len(params))
     for i, (g, p) in enumerate(zip(grads, params, strict=True)):
@@ -60,13 +66,15 @@ def quadratic_penalty_grad_(
         _check.like(op, f"grads[{i}]", g, f"params[{i}]", p, dtype=True)
     _check.distinct(op, "grads", grads, params=params, anchors=anchors, importances=importances)
     _check_problem(op, params, anchors, importances, strength, check)
+    yield
     value = quadratic_penalty(params, anchors, importances, strength, False)
     for g, p, a, f in zip(grads, params, anchors, importances, strict=True):
         g.copy_(g.to(_wide(p)) + _slope(p, a, f, strength))
     return value
 
 
-def accumulate_outer_(out: Tensor, grad: Tensor, activation: Tensor, power: int) -> None:
+@_check.reference
+def accumulate_outer_(out: Tensor, grad: Tensor, activation: Tensor, power: int) -> Checked[None]:
     op = "accumulate_outer_"
     _check_accumulator(op, "out", out, grad, power)
     _check.device(op, "activation", activation, "out", out)
@@ -82,6 +90,7 @@ def accumulate_outer_(out: Tensor, grad: Tensor, activation: Tensor, power: int)
             f"[{grad.shape[-1]}, {activation.shape[-1]}]"
         )
     _check.distinct(op, "out", [out], **{"grad, activation": [grad, activation]})
+    yield
     g, a = grad.to(out.dtype), activation.to(out.dtype)
     if grad.dim() == 2:
         per_power = (g.square().T @ a.square()) if power == 2 else g.abs().T @ a.abs()
@@ -91,6 +100,7 @@ def accumulate_outer_(out: Tensor, grad: Tensor, activation: Tensor, power: int)
     out.add_(per_power)
 
 
+@_check.reference
 def accumulate_conv_(
     out: Tensor,
     grad: Tensor,
@@ -100,7 +110,7 @@ def accumulate_conv_(
     dilation: list[int],
     groups: int,
     power: int,
-) -> None:
+) -> Checked[None]:
     op, spatial = "accumulate_conv_", out.dim() - 2
     _check_accumulator(op, "out", out, grad, power)
     _check.device(op, "input", input, "out", out)
@@ -124,6 +134,7 @@ def accumulate_conv_(
         if grad.shape[d + 2] and reach >= input.shape[d + 2] + 2 * padding[d]:
             raise ValueError(f"{op}: grad has more positions than this stride, padding and dilation give for input")
     _check.distinct(op, "out", [out], **{"grad, input": [grad, input]})
+    yield
     if not _check.has_values(out) or 0 in (grad.numel(), input.numel(), out.numel()):
         return  # for a fake tensor the loop below would fix the number of samples
     weight_grad = (torch.nn.grad.conv1d_weight, torch.nn.grad.conv2d_weight, torch.nn.grad.conv3d_weight)[spatial - 1]
@@ -138,9 +149,10 @@ def accumulate_conv_(
         out.add_(dw.square() if power == 2 else dw.abs())
 
 
+@_check.reference
 def accumulate_affine_(
     weights: list[Tensor], biases: list[Tensor], grad: Tensor, normalised: list[Tensor], power: int
-) -> None:
+) -> Checked[None]:
     op = "accumulate_affine_"
     if len(weights) > 1 or len(biases) > 1:
         raise ValueError(f"{op}: weights and biases must each have at most one tensor")
@@ -161,6 +173,7 @@ def accumulate_affine_(
     for i, t in enumerate(normalised):
         _check.like(op, f"normalised[{i}]", t, "grad", grad, dtype=True)
     _check.distinct(op, "outputs", [*weights, *biases], inputs=[*normalised, grad])
+    yield
     for out, factor in ((weights, True), (biases, False)):
         for total in out:
             g = grad.to(total.dtype)
@@ -196,13 +209,18 @@ def _value(total: Tensor | int, params: list[Tensor], strength: float) -> Tensor
     return (0.5 * strength * torch.as_tensor(total, device=device)).to(dtype)
 
 
-def accumulate_path_(omegas: list[Tensor], grads: list[Tensor], params: list[Tensor], before: list[Tensor]) -> None:
+@_check.reference
+def accumulate_path_(
+    omegas: list[Tensor], grads: list[Tensor], params: list[Tensor], before: list[Tensor]
+) -> Checked[None]:
     op = "accumulate_path_"
     _check_lists(op, params=(params, _VALUE), omegas=(omegas, _SUM_), grads=(grads, _VALUE), before=(before, _VALUE))
+    yield
     for omega, g, p, b in zip(omegas, grads, params, before, strict=True):
         omega.sub_(g.to(omega.dtype) * (p.to(omega.dtype) - b.to(omega.dtype)))
 
 
+@_check.reference
 def accumulate_walk_(
     fishers: list[Tensor],
     gains: list[Tensor],
@@ -211,7 +229,7 @@ def accumulate_walk_(
     params: list[Tensor],
     before: list[Tensor],
     alpha: float,
-) -> None:
+) -> Checked[None]:
     op = "accumulate_walk_"
     if not 0 < alpha <= 1:
         raise ValueError(f"{op}: alpha is {alpha} but must lie in (0, 1]")
@@ -224,6 +242,7 @@ def accumulate_walk_(
         grads=(grads, _VALUE),
         before=(before, _VALUE),
     )
+    yield
     for fisher, gain, m, g, p, b in zip(fishers, gains, moved, grads, params, before, strict=True):
         g, step = g.to(fisher.dtype), p.to(fisher.dtype) - b.to(fisher.dtype)
         fisher.copy_((1 - alpha) * fisher + alpha * g * g)
@@ -231,21 +250,24 @@ def accumulate_walk_(
         m.add_(step)
 
 
+@_check.reference
 def score_walk_(
     scores: list[Tensor], gains: list[Tensor], moved: list[Tensor], fishers: list[Tensor], epsilon: float
-) -> None:
+) -> Checked[None]:
     op = "score_walk_"
     _positive(op, "epsilon", epsilon)
     _check_lists(op, scores=(scores, _SUM_), gains=(gains, _SUM_), moved=(moved, _SUM_), fishers=(fishers, _SUM))
+    yield
     for score, gain, m, fisher in zip(scores, gains, moved, fishers, strict=True):
         score.add_((gain / (0.5 * fisher * m * m + epsilon)).clamp(min=0))
         gain.zero_()
         m.zero_()
 
 
+@_check.reference
 def consolidate_path_(
     importances: list[Tensor], omegas: list[Tensor], starts: list[Tensor], params: list[Tensor], xi: float
-) -> None:
+) -> Checked[None]:
     op = "consolidate_path_"
     _positive(op, "xi", xi)
     _check_lists(
@@ -261,25 +283,31 @@ def consolidate_path_(
         fresh.append(f.to(omega.dtype) + omega.clamp(min=0) / (distance * distance + xi))
         if _check.has_values(f) and not (fresh[-1] <= torch.finfo(omega.dtype).max).all():
             raise ValueError(f"{op}: omegas[{i}] would give NaN or infinite importances")
+    yield
     for f, omega, start, p, new in zip(importances, omegas, starts, params, fresh, strict=True):
         f.copy_(new)
         omega.zero_()
         start.copy_(p)
 
 
-def merge_importances_(importances: list[Tensor], fresh: list[Tensor], old_share: float, fresh_share: float) -> None:
+@_check.reference
+def merge_importances_(
+    importances: list[Tensor], fresh: list[Tensor], old_share: float, fresh_share: float
+) -> Checked[None]:
     op = "merge_importances_"
     _check.number(op, "old_share", old_share)
     _check.number(op, "fresh_share", fresh_share)
     _check_lists(op, fresh=(fresh, _SUM), importances=(importances, _STORED_))
     _check_fresh(op, fresh)
+    yield
     for f, new in zip(importances, fresh, strict=True):
         f.copy_(old_share * f.to(new.dtype) + fresh_share * new)
 
 
+@_check.reference
 def merge_anchored_(
     importances: list[Tensor], anchors: list[Tensor], fresh: list[Tensor], params: list[Tensor]
-) -> Tensor:
+) -> Checked[Tensor]:
     op = "merge_anchored_"
     _check_lists(
         op,
@@ -289,6 +317,7 @@ def merge_anchored_(
         fresh=(fresh, _SUM),
     )
     _check_fresh(op, fresh)
+    yield
     constant = torch.zeros((), dtype=torch.float64, device=params[0].device if params else None)
     for f, a, new, p in zip(importances, anchors, fresh, params, strict=True):
         old = f.to(new.dtype)

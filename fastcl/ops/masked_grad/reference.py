@@ -8,54 +8,60 @@ import torch
 from torch import Tensor
 
 from .. import _check
+from .._check import Checked
 
 OP = "masked_grad_"
 
 
-def masked_grad_(grads: list[Tensor], reserved: list[Tensor]) -> None:
+@_check.reference
+def masked_grad_(grads: list[Tensor], reserved: list[Tensor]) -> Checked[None]:
     if any(r.dtype == torch.uint8 for r in reserved):
-        return _masked_grad_any(OP, grads, reserved, [])
-    _check.lengths(OP, "reserved", len(reserved), "grads", len(grads))
-    for i, (g, r) in enumerate(zip(grads, reserved, strict=True)):
-        _check.output(OP, f"grads[{i}]", g)
-        _check.floating(OP, f"grads[{i}]", g)
-        _check.like(OP, f"reserved[{i}]", r, f"grads[{i}]", g)
-        if r.dtype != torch.bool and r.dtype not in _check.FLOATS:
-            raise ValueError(
-                f"{OP}: reserved[{i}] must be bool, float32, float64, bfloat16 or float16 (or uint8: packed bits)"
-            )
-    _check.distinct(OP, "grads", grads, reserved=reserved)
-    for i, r in enumerate(reserved):
-        _check.in_unit_interval(OP, f"reserved[{i}]", r)
-    for g, r in zip(grads, reserved, strict=True):
-        if r.dtype == torch.bool:
-            g.masked_fill_(r, 0)
-        else:
-            wide = torch.promote_types(g.dtype, torch.float32)
-            free = g.to(wide) * (1 - r.to(wide))
-            g.copy_(torch.where(r == 1, torch.zeros((), dtype=wide, device=g.device), free))
+        _check_any(OP, grads, reserved, [])
+    else:
+        _check.lengths(OP, "reserved", len(reserved), "grads", len(grads))
+        for i, (g, r) in enumerate(zip(grads, reserved, strict=True)):
+            _check.output(OP, f"grads[{i}]", g)
+            _check.floating(OP, f"grads[{i}]", g)
+            _check.like(OP, f"reserved[{i}]", r, f"grads[{i}]", g)
+            if r.dtype != torch.bool and r.dtype not in _check.FLOATS:
+                raise ValueError(
+                    f"{OP}: reserved[{i}] must be bool, float32, float64, bfloat16 or float16 (or uint8: packed bits)"
+                )
+        _check.distinct(OP, "grads", grads, reserved=reserved)
+        for i, r in enumerate(reserved):
+            _check.in_unit_interval(OP, f"reserved[{i}]", r)
+    yield
+    _mask(grads, reserved, [])
 
 
-def masked_grad_any_(grads: list[Tensor], reserved: list[Tensor], columns: list[Tensor]) -> None:
-    _masked_grad_any("masked_grad_any_", grads, reserved, columns)
+@_check.reference
+def masked_grad_any_(grads: list[Tensor], reserved: list[Tensor], columns: list[Tensor]) -> Checked[None]:
+    _check_any("masked_grad_any_", grads, reserved, columns)
+    yield
+    _mask(grads, reserved, columns)
 
 
-def _masked_grad_any(op: str, grads: list[Tensor], reserved: list[Tensor], columns: list[Tensor]) -> None:
+def _check_any(op: str, grads: list[Tensor], reserved: list[Tensor], columns: list[Tensor]) -> None:
     _check.lengths(op, "reserved", len(reserved), "grads", len(grads))
     for i, g in enumerate(grads):
         _check.output(op, f"grads[{i}]", g)
         _check.floating(op, f"grads[{i}]", g)
     _check.distinct(op, "grads", grads, reserved=reserved, columns=columns)
     _masks(op, "grads", grads, reserved, columns, True)
+
+
+def _mask(grads: list[Tensor], reserved: list[Tensor], columns: list[Tensor]) -> None:
     for i, g in enumerate(grads):
         share = _share(i, g, reserved, columns)
         if share is not None:
             g.copy_(torch.where(share == 0, 0, g.to(share.dtype) * share))
 
 
-def pack_mask(mask: Tensor) -> Tensor:
+@_check.reference
+def pack_mask(mask: Tensor) -> Checked[Tensor]:
     if mask.dtype != torch.bool:
         raise ValueError("pack_mask: mask must be a bool tensor")
+    yield
     if not _check.has_values(mask):  # the padding below would fix its size
         return mask.new_empty((mask.numel() + 7) // 8, dtype=torch.uint8)
     bits = _check.flat(mask)
@@ -64,7 +70,8 @@ def pack_mask(mask: Tensor) -> Tensor:
     return (bits << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
 
 
-def unpack_mask(packed: Tensor, like: Tensor) -> Tensor:
+@_check.reference
+def unpack_mask(packed: Tensor, like: Tensor) -> Checked[Tensor]:
     n_bytes = (like.numel() + 7) // 8
     _check.device("unpack_mask", "packed", packed, "like", like)
     if packed.dtype != torch.uint8 or packed.shape != (n_bytes,):
@@ -72,9 +79,11 @@ def unpack_mask(packed: Tensor, like: Tensor) -> Tensor:
             f"unpack_mask: packed must be uint8 of one dimension with {n_bytes} bytes, for the {like.numel()} "
             "elements of like"
         )
+    yield
     return _check.unpack(packed, like) if _check.has_values(like) else torch.empty_like(like, dtype=torch.bool)
 
 
+@_check.reference
 def masked_sgd_(
     params: list[Tensor],
     momentum_buffers: list[Tensor],
@@ -89,7 +98,7 @@ def masked_sgd_(
     maximize: bool,
     first: bool,
     check: bool,
-) -> None:
+) -> Checked[None]:
     op = "masked_sgd_"
     for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
         _check.number(op, name, value)
@@ -100,6 +109,7 @@ def masked_sgd_(
     if (len(momentum_buffers) == 0) != (momentum == 0) and params:
         raise ValueError(f"{op}: momentum_buffers must be given with a momentum, and only then")
     _check_step(op, params, {"momentum_buffers": momentum_buffers}, grads, reserved, columns, check)
+    yield
     for i, p in enumerate(params):
         share, g = _gradient(i, p, grads, reserved, columns, weight_decay, maximize)
         if momentum_buffers:
@@ -110,6 +120,7 @@ def masked_sgd_(
         _store(p, p.to(g.dtype) - lr * g, share)
 
 
+@_check.reference
 def masked_adam_(
     params: list[Tensor],
     exp_avgs: list[Tensor],
@@ -127,7 +138,7 @@ def masked_adam_(
     decoupled: bool,
     maximize: bool,
     check: bool,
-) -> None:
+) -> Checked[None]:
     op = "masked_adam_"
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
         _check.number(op, name, value)
@@ -139,6 +150,7 @@ def masked_adam_(
     states = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "max_exp_avg_sqs": max_exp_avg_sqs}
     _check.lengths(op, "steps", len(steps), "params", len(params))
     _check_step(op, params, states, grads, reserved, columns, check, steps)
+    yield
     for i, p in enumerate(params):
         share, g = _gradient(i, p, grads, reserved, columns, 0 if decoupled else weight_decay, maximize)
         step = steps[i].add_(1).double().reshape(()).to(p.device)
