@@ -38,7 +38,7 @@ def within(name: str, *packages: str) -> bool:
 @pytest.mark.parametrize("stem", STEMS)
 def test_every_stem_stands_in_every_tree(stem: str) -> None:
     assert (ROOT / "csrc" / stem / "math.h").is_file()
-    for name in ("__init__.py", "reference.py"):
+    for name in ("__init__.py", "reference.py", "triton.py"):
         assert (PACKAGE / "ops" / stem / name).is_file()
     assert (ROOT / "tests" / f"test_{stem}.py").is_file() or (ROOT / "tests" / f"test_{stem}_ops.py").is_file()
     assert (ROOT / "bench" / f"bench_{stem}.py").is_file()
@@ -54,6 +54,8 @@ def test_nothing_imports_upwards_or_sideways(path: Path) -> None:
     mine = {name for name in imports(path) if within(name, "fastcl")} - {"fastcl"}
     if inside[0] == "ops" and len(inside) > 2:
         allowed = ["fastcl._ops", "fastcl.ops._check", f"fastcl.ops.{inside[1]}"]
+        if inside[2].startswith("triton"):
+            allowed += ["fastcl.ops._sweep", "fastcl.ops._triton"]
         if inside[2] == "reference.py":
             allowed = ["fastcl.ops._check"]
             outside = {name.split(".")[0] for name in imports(path)} - {"fastcl"}

@@ -40,8 +40,10 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def has_values(t: Tensor) -> bool:
-    """False for meta and fake tensors, whose values cannot be looked at."""
-    return t.device.type != "meta" and not isinstance(t, FakeTensor) and not torch.compiler.is_compiling()
+    """False for meta and fake tensors, and while a CUDA graph is captured: values cannot be looked at."""
+    if t.device.type == "meta" or isinstance(t, FakeTensor) or torch.compiler.is_compiling():
+        return False
+    return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def number(op: str, name: str, value: float, *, finite: bool = True) -> None:

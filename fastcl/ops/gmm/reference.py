@@ -45,7 +45,7 @@ def normals(samples: Tensor, features: int, key: int, dtype: torch.dtype) -> Ten
     counter = [quad.expand(len(samples), quads), low.unsqueeze(1), torch.zeros_like(quad), high.unsqueeze(1)]
     words = philox([c.expand(len(samples), quads) for c in counter], key & _WORD, key >> 32 & _WORD)
     first, second = box_muller(words[0], words[1], dtype), box_muller(words[2], words[3], dtype)
-    return torch.stack([*first, *second], 2).reshape(len(samples), -1)[:, :features]
+    return torch.stack([*first, *second], 2).reshape(len(samples), 4 * quads)[:, :features]
 
 
 _WORD = 0xFFFFFFFF
