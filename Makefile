@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 RUN = $(VENV)/bin
 
-.PHONY: demo test bench lint wheel torch-versions clean
+.PHONY: demo test bench lint wheel torch-versions triton-versions clean
 
 demo: $(VENV)/.built  ## train a continual-learning stream on real data (about two minutes)
 	$(RUN)/python -m fastcl demo --out out
@@ -25,6 +25,9 @@ wheel: $(VENV)/.built  ## sdist and wheel in dist/
 
 torch-versions: ## one build under several torch versions (downloads gigabytes; not part of CI)
 	bash .ci/torch-versions
+
+triton-versions: $(VENV)/.built  ## the GPU kernels in the interpreter and compiled, under Triton 3.6 and 3.9
+	PYTHON=$(abspath $(RUN))/python bash .ci/triton-versions
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
