@@ -263,6 +263,23 @@ OPS: dict[str, Sample] = {
         large=(3000, 33),
     ),
     "soft_threshold_": Sample(lambda s, d, layout: ([values(s, d, layout), values(s, d)], 0.5), mutates=1),
+    "group_soft_threshold_": Sample(
+        lambda s, d, layout: ([values(s, d, layout), values((3, *s), d)], 0.5, 0),
+        mutates=1,
+        shaped=False,
+        large=(301, 130),
+    ),
+    "group_soft_threshold_:columns": Sample(
+        lambda s, d, layout: ([values(s, d, layout), values((*s, 3), d)], 0.5, 1),
+        mutates=1,
+        shaped=False,
+        large=(301, 130),
+    ),
+    "drift_norms": Sample(
+        lambda s, d, layout: ([values(s, d, layout), values((*s, 3), d)], [values(s, d), values((*s, 3), d)], 1),
+        shaped=False,
+        large=(301, 130),
+    ),
     "accumulate_outer_": Sample(_outer, mutates=1, shaped=False, large=(60, 170)),
     "accumulate_outer_:one position": Sample(
         lambda s, d, layout: _outer(s, d, layout, ()), mutates=1, shaped=False, large=(300, 170)

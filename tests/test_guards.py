@@ -39,7 +39,7 @@ READ = [(case, k) for case in OPS for k in indices(case, written=False)]
 # Every tensor of every op, through every way in that there is.
 EVERY = [(case, k, way) for case, k in WRITTEN + READ for way in WAYS if way == "raw" or case in PUBLIC]
 # Ops that work on each tensor by itself take any shape and device.
-ALONE = ("annealed_mask", "compensated_mask", "soft_threshold_", "pack_mask")
+ALONE = ("annealed_mask", "compensated_mask", "soft_threshold_", "group_soft_threshold_", "pack_mask")
 TOGETHER = [(case, k, way) for case, k, way in EVERY if op_name(case) not in ALONE]
 
 

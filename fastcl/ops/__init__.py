@@ -16,7 +16,7 @@ from .importance import (
     score_walk_,
 )
 from .masked_grad import masked_adam_, masked_grad_, masked_grad_any_, masked_sgd_, pack_mask, unpack_mask
-from .proximal import soft_threshold_
+from .proximal import drift_norms, group_soft_threshold_, soft_threshold_
 
 __all__ = [
     "accumulate_affine_",
@@ -27,10 +27,12 @@ __all__ = [
     "annealed_mask",
     "compensated_mask",
     "consolidate_path_",
+    "drift_norms",
     "gmm_class_statistics",
     "gmm_log_prob",
     "gmm_sample",
     "gmm_statistics",
+    "group_soft_threshold_",
     "mask_sparsity",
     "masked_adam_",
     "masked_grad_",
