@@ -75,6 +75,7 @@ class ImportancePass:
             for name, p in self.params.items()
         }
         self._sample_first: dict[nn.Module, bool] = {}
+        self._calls: list[Call] = []  # of the batch under way
         for name, module in model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
                 raise ValueError(
@@ -110,6 +111,9 @@ class ImportancePass:
         finally:
             for hook in hooks:
                 hook.remove()
+            for call in self._calls:  # a node holds its hook, that the call, it the node: no collector sees that circle
+                call.edge = None
+            self._calls.clear()
         self.count += n
 
     def _watch(self) -> tuple[list[_Layer], list[Any]]:
@@ -135,6 +139,7 @@ class ImportancePass:
                     edge = torch.autograd.graph.get_gradient_edge(output)
                     call = Call(args[0].detach(), args[0]._version, args[0].requires_grad, edge)
                     layer.calls.append(call)
+                    self._calls.append(call)
                     # now, not later: an in-place activation may give this tensor another gradient
                     output.register_hook(lambda grad: self._arrived(layer, call, grad))
 

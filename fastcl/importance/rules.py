@@ -26,7 +26,7 @@ class Call:
     input: Tensor | None
     version: int  # of the input, when the layer saw it
     input_requires_grad: bool
-    edge: torch.autograd.graph.GradientEdge  # of the output
+    edge: torch.autograd.graph.GradientEdge | None  # of the output; None once the batch is done
     grad: Tensor | None = None  # at the output
 
     def check_unchanged(self, names: dict[str, str]) -> None:

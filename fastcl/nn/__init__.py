@@ -1,6 +1,7 @@
 """Networks and layers: whatever holds parameters."""
 
 from .convert import capacity, plot_capacity, reserved_masks, to_masked, to_plain
+from .grow import grow, reindex, shrink
 from .masked import (
     MaskedConv1d,
     MaskedConv2d,
@@ -17,6 +18,7 @@ from .masked import (
 )
 from .mixture import ConvergenceWarning, GaussianMixture
 from .mlp import mlp
+from .plan import Plan, trace
 from .schedules import dgm_scale, hat_scale
 
 __all__ = [
@@ -28,18 +30,23 @@ __all__ = [
     "MaskedConvTranspose2d",
     "MaskedLayer",
     "MaskedLinear",
+    "Plan",
     "begin_task",
     "capacity",
     "dgm_scale",
     "end_task",
+    "grow",
     "hat_scale",
     "masked_layers",
     "mlp",
     "plot_capacity",
+    "reindex",
     "reserved_masks",
     "set_scale",
+    "shrink",
     "sparsity",
     "to_masked",
     "to_plain",
+    "trace",
     "use_task",
 ]

@@ -266,3 +266,25 @@ def test_bad_input() -> None:
     coupled = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4, track_running_stats=False))
     with pytest.raises(ValueError, match="samples are coupled"):
         fastcl.fisher_diagonal(coupled, [(x, y)])
+
+
+def test_no_graph_outlives_a_pass() -> None:
+    """A node that holds its own hook would live for ever: each batch would leave its graph behind."""
+    import weakref
+
+    Conv2d, Flatten, Linear = torch.nn.Conv2d, torch.nn.Flatten, torch.nn.Linear
+    model = torch.nn.Sequential(Conv2d(1, 2, 3), Conv2d(2, 2, 3, bias=False), Flatten(), Linear(18, 2))
+    marks: list[weakref.ref] = []
+
+    class Mark:
+        pass
+
+    def note(module: torch.nn.Module, args: tuple, out: torch.Tensor) -> None:
+        if out.requires_grad:
+            mark = out.grad_fn.metadata["mark"] = Mark()  # lives as long as the node
+            marks.append(weakref.ref(mark))
+
+    model[0].register_forward_hook(note)
+    fastcl.fisher_diagonal(model, [(torch.randn(5, 1, 7, 7), torch.zeros(5, dtype=torch.int64))])
+    assert marks
+    assert all(mark() is None for mark in marks)
