@@ -52,7 +52,7 @@ def run(
     method: Annotated[str, typer.Argument(help="One of `fastcl methods`.")],
     data: Annotated[str, typer.Option(help="digits or mnist.")] = "digits",
     data_root: Annotated[str | None, typer.Option(help="Folder of the IDX files.")] = None,
-    scenario: Annotated[str, typer.Option(help="split, permuted or rotated.")] = "split",
+    scenario: Annotated[str, typer.Option(help="split, permuted, rotated or variation.")] = "split",
     setting: Annotated[str, typer.Option(help="task, domain or class.")] = "class",
     tasks: Annotated[int | None, typer.Option(help="Number of tasks.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs a task.")] = None,
@@ -88,8 +88,9 @@ def run(
         write_atomically(out, (json.dumps(result, indent=1) + "\n").encode())
     if plot is not None:
         _plots().result_picture(result, plot)
-        if hasattr(run.learner, "plot_occupancy"):  # methods with masks
-            run.learner.plot_occupancy(plot.with_stem(plot.stem + "-masks"))
+        for own, suffix in (("plot_occupancy", "-masks"), ("plot_growth", "-growth")):
+            if hasattr(run.learner, own):
+                getattr(run.learner, own)(plot.with_stem(plot.stem + suffix))
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from .convert import capacity, plot_capacity, reserved_masks, to_masked, to_plain
 from .grow import grow, reindex, shrink
+from .growth import plot_growth
 from .masked import (
     MaskedConv1d,
     MaskedConv2d,
@@ -40,6 +41,7 @@ __all__ = [
     "masked_layers",
     "mlp",
     "plot_capacity",
+    "plot_growth",
     "reindex",
     "reserved_masks",
     "set_scale",

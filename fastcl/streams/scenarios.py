@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .data import Data
 
-SCENARIOS = ("split", "permuted", "rotated")
+SCENARIOS = ("split", "permuted", "rotated", "variation")
 SETTINGS = ("task", "domain", "class")
 Split = tuple[Tensor, Tensor]
 
@@ -59,10 +59,12 @@ def make(
 
     Args:
         scenario: ``split`` classes shared out over the tasks in label order; ``permuted`` all classes, every task with
-            its own pixel permutation (the first with none); ``rotated`` all classes, task t turned by 90 t / T degrees.
+            its own pixel permutation (the first with none); ``rotated`` all classes, task t turned by 90 t / T degrees;
+            ``variation`` DEN's MNIST-Variation: every image turned by an angle of its own, noise in the background, up
+            to 1,000 images a class; task t asks whether it is class t, as many others as there are of it.
         setting: ``task``, ``domain`` or ``class``.
         tasks: number of tasks; default 5.
-        seed: of the permutations.
+        seed: of permutations, angles and noise.
 
     Raises:
         ValueError: unknown scenario or setting, a number of tasks that is not positive or does not divide the classes.
@@ -79,7 +81,11 @@ def make(
     n = 5 if tasks is None else tasks
     if n < 1:
         raise ValueError(f"tasks is {n} but must be at least 1")
-    if scenario == "split":
+    if scenario == "variation":
+        if n > data.n_classes:
+            raise ValueError(f"tasks is {n} but {data.name} has only {data.n_classes} classes, one for each task")
+        made, n_outputs = _variation(data, setting, n, seed)
+    elif scenario == "split":
         if data.n_classes % n:
             raise ValueError(f"tasks is {n} but must divide the {data.n_classes} classes of {data.name}")
         made, n_outputs = _split(data, setting, n)
@@ -141,3 +147,39 @@ def _rotate(degrees: float, x: Tensor) -> Tensor:
     return torch.cat(
         [F.grid_sample(part, grid.expand(len(part), -1, -1, -1), align_corners=False) for part in x.split(4096)]
     )
+
+
+def _variation(data: Data, setting: str, n: int, seed: int) -> tuple[tuple[Task, ...], int]:
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for x, y in ((data.x_train, data.y_train), (data.x_test, data.y_test)):
+        chosen = torch.cat([(y == c).nonzero().flatten()[:1000] for c in range(data.n_classes)])
+        parts.append((_vary(x[chosen], generator), y[chosen]))
+    orders = [[torch.randperm(len(y), generator=generator) for _, y in parts] for _ in range(n)]
+    made = []
+    for t in range(n):
+        offset = 0 if setting == "domain" else 2 * t
+
+        def one_against_rest(x: Tensor, y: Tensor, order: Tensor, t: int = t, offset: int = offset) -> Split:
+            mine = (y == t).nonzero().flatten()
+            rest = order[y[order] != t][: len(mine)]
+            picked = torch.cat([mine, rest])
+            return x[picked], (y[picked] == t).long() + offset
+
+        train, test = (partial(one_against_rest, x, y, order) for (x, y), order in zip(parts, orders[t], strict=True))
+        made.append(Task(t, (offset, offset + 1), train, test))
+    return tuple(made), 2 if setting == "domain" else 2 * n
+
+
+def _vary(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image turned by an angle of its own, and uniform noise up to 0.4 wherever it is darker than that."""
+    angle = torch.rand(len(x), generator=generator) * 2 * torch.pi
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    matrix = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1)
+    turned = torch.cat(
+        [
+            F.grid_sample(part, F.affine_grid(m, list(part.shape), align_corners=False), align_corners=False)
+            for part, m in zip(x.split(4096), matrix.split(4096), strict=True)
+        ]
+    )
+    return torch.maximum(turned, 0.4 * torch.rand(x.shape, generator=generator))

@@ -1,0 +1,391 @@
+"""DEN as a learner."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import ops
+from ..nn import grow, plot_growth, reindex, shrink, trace
+from ..optim import MaskedAdam, proximal
+from .method import Batches, Method
+
+if TYPE_CHECKING:
+    from ..streams import Task
+
+
+class DEN(Method):
+    r"""Dynamically expandable networks (Yoon et al. 2018), after the paper's four algorithms.
+
+    Task 1 trains with :math:`\mu\lVert W\rVert_1` (eq. 2). A later task t:
+
+    - *Selective retraining* (alg. 2): its outputs alone are fitted with l1 (eq. 3, in `begin_task`); the units from
+      which a path of nonzero weights leads to them are selected, breadth first; these, and nothing else, are retrained
+      with l2 (eq. 4, `observe`).
+    - *Dynamic expansion* (alg. 3, in `end_task`): if the loss is above tau, k units join every hidden layer; their
+      weights alone are trained with l1 and group lasso (eq. 5); those whose incoming weights are all zero go again.
+    - *Split* (alg. 4): the network is trained with :math:`\lambda\lVert W-W^{t-1}\rVert^2` (eq. 6); old units that drifted by
+      more than sigma are duplicated: the old one gets its weights back, its copy, of task t, keeps the drifted ones; then
+      eq. 6 again, on the weights of task t's own units and outputs.
+    - *Timestamps*: a unit knows the task that added it; task t is answered by units up to t.
+
+    Weights outside the selection keep every bit (MaskedAdam). `reports` says for every task what each stage did.
+
+    Args:
+        model: Linear layers and ReLUs in order, as :func:`fastcl.nn.mlp` makes them, an output for each class of the
+            stream.
+        l1: mu. Proximal steps follow Adam's, whose size does not depend on the loss: mu is larger than with SGD.
+        l2: of eq. 4. group: gamma of eq. 5. drift: lambda of eq. 6.
+        k: units added to each hidden layer. tau: the training loss above which they are. sigma: of the split.
+        head_epochs, expand_epochs, split_epochs: passes over the task's data in eq. 3, 5 and each of 6's two.
+        lr: Adam's.
+    """  # noqa: E501
+
+    name = "den"
+    paper = "Yoon et al. 2018, Lifelong learning with dynamically expandable networks"
+    seed = "dynamically-expandable-networks"
+    settings = ("task",)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        l1: float = 0.02,
+        l2: float = 1e-4,
+        group: float = 0.5,
+        drift: float = 0.05,
+        k: int = 10,
+        tau: float = 0.01,
+        sigma: float = 0.5,
+        head_epochs: int = 2,
+        expand_epochs: int = 2,
+        split_epochs: int = 1,
+        **options: Any,
+    ) -> None:
+        named = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+        plan = trace(model)
+        names = [name for name, _ in named]
+        if len(named) < 2 or plan != {a: (b,) for a, b in pairwise(names)} | {names[-1]: ()}:
+            raise ValueError("model must be Linear layers one after the other, two or more")
+        for name, value in (("l1", l1), ("l2", l2), ("group", group), ("drift", drift), ("tau", tau), ("sigma", sigma)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value} but must be finite and not negative")
+        if k < 0 or min(head_epochs, expand_epochs, split_epochs) < 0:
+            raise ValueError("k and the epochs of the stages must not be negative")
+        self.lr = options.get("lr", 1e-3)
+        super().__init__(model, **options)
+        self.names, self.layers, self.plan = names, [m for _, m in named], plan
+        self.l1, self.l2, self.group, self.drift = l1, l2, group, drift
+        self.k, self.tau, self.sigma = k, tau, sigma
+        self.head_epochs, self.expand_epochs, self.split_epochs = head_epochs, expand_epochs, split_epochs
+        self.stamps = [torch.zeros(layer.out_features, dtype=torch.int64) for layer in self.layers[:-1]]
+        self.reports: list[dict[str, Any]] = []
+        self._before: list[Tensor] = []  # W^{t-1}, in the order of parameters()
+        self._pull = 0.0
+        self._selected: list[Tensor] = []
+        self._stage(None, l1=l1)
+
+    # ---- the network ----
+
+    def logits(self, x: Tensor, task: int) -> Tensor:
+        """Scores [N, C] of the task's own classes, from the units that the task may see."""
+        h = x.flatten(1)
+        for layer, stamps in zip(self.layers, self.stamps, strict=False):
+            h = F.relu(layer(h))
+            if stamps.max() > task:
+                h = h * (stamps <= task).to(h.device, h.dtype)
+        rows = list(self.tasks[task])
+        head = self.layers[-1]
+        return F.linear(h, head.weight[rows], None if head.bias is None else head.bias[rows])
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        classes = torch.tensor(self.tasks[-1], device=y.device)
+        return F.cross_entropy(self.logits(x, len(self.tasks) - 1), torch.searchsorted(classes, y))
+
+    @torch.no_grad()
+    def predict(self, x: Tensor, task: Task | int | None = None) -> Tensor:
+        """Classes [N] of the given task, which this method cannot do without.
+
+        Raises:
+            ValueError: no task, or an index of one that has not begun.
+        """
+        if task is None:
+            raise ValueError("task is None but DEN must be told the task")
+        index = task if isinstance(task, int) else task.index
+        if isinstance(task, int) and not 0 <= index < len(self.tasks):
+            raise ValueError(f"task is {index} but only {len(self.tasks)} tasks have begun")
+        if index >= len(self.tasks):
+            return torch.full((len(x),), task.classes[0], device=x.device)
+        return torch.tensor(self.tasks[index], device=x.device)[self.logits(x, index).argmax(1)]
+
+    # ---- one stage of training: which entries move, under which terms ----
+
+    def _stage(
+        self, free: list[Tensor] | None, *, l1: float = 0.0, group: float = 0.0, l2: float = 0.0, pull: float = 0.0
+    ) -> None:
+        """`free`: bool for every parameter, what may move; None: all. A new optimizer: eq. 2 to 6 are new problems."""
+        params = list(self.model.parameters())
+        masks: Mapping[Tensor, Tensor] = {} if free is None else {p: ~f for p, f in zip(params, free, strict=True)}
+        self.optimizer = MaskedAdam(params, self.lr, weight_decay=2 * l2, reserved=masks)
+        weights = [layer.weight for layer in self.layers]
+        if l1 or group:
+            hidden = weights[:-1]
+            proximal(self.optimizer, l1=dict.fromkeys(weights, l1), group=dict.fromkeys(hidden, group))
+        self._pull = pull
+
+    @torch.no_grad()
+    def regularise(self) -> Tensor | float:
+        if not self._pull:
+            return 0.0
+        params = list(self.model.parameters())
+        ones = [torch.ones_like(p) for p in params]
+        return ops.quadratic_penalty_grad_([p.grad for p in params], params, self._before, ones, 2 * self._pull)
+
+    def _fit(self, batches: Batches, epochs: int) -> None:
+        for _ in range(epochs):
+            for x, y in batches:
+                self.observe(x, y)
+
+    def observe(self, x: Tensor, y: Tensor) -> float:
+        self.check_labels(y)
+        self.optimizer.zero_grad()
+        loss = self.loss(x, y)
+        loss.backward()
+        for p in self.model.parameters():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        value = loss.detach() + self.regularise()
+        self.optimizer.step()
+        return value.item()
+
+    # ---- algorithm 2 ----
+
+    def begin_task(self, task: Task) -> None:
+        super().begin_task(task)
+        t = len(self.tasks) - 1
+        self.reports.append({"task": t, "selected": [], "added": [], "removed": [], "split": []})
+        self._before = [p.detach().clone() for p in self.model.parameters()]
+        if t == 0:
+            self._stage(None, l1=self.l1)
+            return
+        nothing = [torch.zeros_like(s, dtype=torch.bool) for s in self.stamps]
+        self._stage(self._free(nothing, nothing), l1=self.l1)  # eq. 3: the task's own outputs alone
+        x, y = self.training_data(task)
+        device = next(self.model.parameters()).device
+        generator = torch.Generator().manual_seed(t)
+        for _ in range(self.head_epochs):
+            for part in torch.randperm(len(x), generator=generator).split(128):
+                self.observe(x[part].to(device), y[part].to(device))
+        self._selected = self._reached()
+        self.reports[-1]["selected"] = [int(s.sum()) for s in self._selected]
+        self._stage(self._free(self._selected, self._selected), l2=self.l2)  # eq. 4
+
+    @torch.no_grad()
+    def _reached(self) -> list[Tensor]:
+        """From the task's outputs down: the units from which a path of nonzero weights leads to them."""
+        found: list[Tensor] = []
+        above = self.layers[-1].weight[list(self.tasks[-1])]
+        for layer in reversed(self.layers[:-1]):
+            units = (above != 0).any(0)
+            if not units.any():
+                units[:] = True  # eq. 3 left nothing: everything is retrained
+            found.insert(0, units)
+            above = layer.weight[units]
+        return found
+
+    def _free(self, rows: list[Tensor], columns: list[Tensor]) -> list[Tensor]:
+        """Entries that may move: weights into chosen rows from chosen columns, and the task's outputs."""
+        device = next(self.model.parameters()).device
+        own = torch.zeros(self.layers[-1].out_features, dtype=torch.bool, device=device)
+        own[list(self.tasks[-1])] = True
+        into = [*(r.to(device) for r in rows), own]
+        out = [torch.ones(self.layers[0].in_features, dtype=torch.bool, device=device)]
+        out += [c.to(device) for c in columns]
+        out[-1] = torch.ones_like(out[-1])  # the task's outputs may read every unit
+        free: list[Tensor] = []
+        for layer, row, column in zip(self.layers, into, out, strict=True):
+            free.append(row.unsqueeze(1) & column.unsqueeze(0))
+            if layer.bias is not None:
+                free.append(row)
+        return free
+
+    # ---- algorithms 3 and 4 ----
+
+    def end_task(self, batches: Batches) -> None:
+        report, t = self.reports[-1], len(self.tasks) - 1
+        batches = list(batches)
+        if t > 0:
+            report["loss"] = self._mean_loss(batches)
+            added = [0] * len(self.stamps)
+            if report["loss"] > self.tau and self.k:
+                added = self._expand(batches, t)
+            report["added"] = added
+            report["removed"] = [self.k - n if self.k and any(added) else 0 for n in added]
+            report["split"] = self._split(batches, t)
+        report["loss_after"] = self._mean_loss(batches)
+        report["units"] = [layer.out_features for layer in self.layers[:-1]]
+        report["parameters"] = self.parameters_used()
+
+    @torch.no_grad()
+    def _mean_loss(self, batches: Batches) -> float:
+        total = [(self.loss(x, y).item() * len(y), len(y)) for x, y in batches]
+        return sum(loss for loss, _ in total) / sum(n for _, n in total)
+
+    def _expand(self, batches: Batches, t: int) -> list[int]:
+        """k units in every hidden layer, eq. 5 on their weights, and away with those that it sets to zero."""
+        hidden = self.names[:-1]
+        grow(self.model, dict.fromkeys(hidden, self.k), plan=self.plan)
+        new = torch.full((self.k,), t)
+        self.stamps = [torch.cat([s, new]) for s in self.stamps]
+        fresh = [torch.arange(len(s)) >= len(s) - self.k for s in self.stamps]
+        self._stage(self._free(fresh, [torch.ones_like(f) for f in fresh]), l1=self.l1, group=self.group)
+        self._fit(batches, self.expand_epochs)
+        useless: dict[str, Tensor] = {}
+        kept = []
+        for i, layer in enumerate(self.layers[:-1]):
+            zero = (layer.weight.detach() == 0).all(1).cpu() & fresh[i]
+            kept.append(self.k - int(zero.sum()))
+            if zero.any():
+                useless[hidden[i]] = zero.nonzero().flatten()
+                self.stamps[i] = self.stamps[i][~zero]
+        if useless:
+            shrink(self.model, useless, plan=self.plan)
+        return kept
+
+    def _split(self, batches: Batches, t: int) -> list[int]:
+        """Eq. 6, the drifted units twice, eq. 6 again."""
+        self._before = self._padded(self._before)
+        old = [s < t for s in self.stamps]
+        chosen = [self._pad(s) | ~o for s, o in zip(self._selected, old, strict=True)]
+        self._stage(self._free(chosen, chosen), pull=self.drift)
+        self._fit(batches, self.split_epochs)
+        weights = [layer.weight.detach() for layer in self.layers[:-1]]
+        before = self._weights_of(self._before)[:-1]
+        drift = ops.drift_norms(weights, before, 0)
+        drifted = [((d > self.sigma).cpu() & o).nonzero().flatten() for d, o in zip(drift, old, strict=True)]
+        if any(len(d) for d in drifted):
+            self._duplicate(drifted, t)
+        own = [s == t for s in self.stamps]
+        self._before = [p.detach().clone() for p in self.model.parameters()]
+        self._stage(self._free(own, [torch.ones_like(o) for o in own]), pull=self.drift)
+        self._fit(batches, self.split_epochs)
+        return [len(d) for d in drifted]
+
+    @torch.no_grad()
+    def _duplicate(self, drifted: list[Tensor], t: int) -> None:
+        sizes = [len(s) for s in self.stamps]
+        now = [p.detach().clone() for p in self.model.parameters()]
+        units = {
+            name: torch.cat([torch.arange(n), d])
+            for name, n, d in zip(self.names, sizes, drifted, strict=False)
+            if len(d)
+        }
+        reindex(self.model, units, plan=self.plan)
+        self.stamps = [torch.cat([s, torch.full((len(d),), t)]) for s, d in zip(self.stamps, drifted, strict=True)]
+        before, after = iter(self._before), iter(now)
+        below: Tensor | None = None  # the duplicated inputs of this layer
+        for i, layer in enumerate(self.layers):
+            width = layer.weight.shape[1] if below is None else layer.weight.shape[1] - len(below)
+            for p in [layer.weight] if layer.bias is None else [layer.weight, layer.bias]:
+                old, drifted_values = next(before), next(after)
+                if i == len(self.layers) - 1:
+                    continue
+                rows, twins = drifted[i], slice(sizes[i], None)
+                if p.dim() == 1:
+                    p[rows] = old[rows]
+                    p[twins] = drifted_values[rows]
+                else:
+                    p[rows, :width] = old[rows]
+                    p[twins, :width] = drifted_values[rows]
+            if below is not None and len(below):
+                # who reads a twin: units of task t only; they read the twin in the old unit's place
+                stamped = self.stamps[i] == t if i < len(self.layers) - 1 else None
+                own = (
+                    stamped.nonzero().flatten()
+                    if stamped is not None
+                    else torch.tensor(self.tasks[-1])  # outputs of the task
+                )
+                moved = layer.weight[own][:, below].clone()
+                layer.weight[:, width:] = 0
+                layer.weight[own[:, None], torch.arange(width, width + len(below))[None, :]] = moved
+                layer.weight[own[:, None], below[None, :]] = 0
+            below = drifted[i] if i < len(self.layers) - 1 else None
+
+    def _weights_of(self, values: list[Tensor]) -> list[Tensor]:
+        names = [id(p) for p in self.model.parameters()]
+        return [values[names.index(id(layer.weight))] for layer in self.layers]
+
+    def _padded(self, values: list[Tensor]) -> list[Tensor]:
+        """Values of before an expansion in the parameters' shapes of now; what is new: as it is."""
+        found = []
+        for old, p in zip(values, self.model.parameters(), strict=True):
+            new = p.detach().clone()
+            corner = tuple(slice(size) for size in old.shape)
+            new[corner] = old
+            found.append(new)
+        return found
+
+    def _pad(self, selected: Tensor) -> Tensor:
+        i = next(i for i, s in enumerate(self._selected) if s is selected)
+        return torch.cat([selected.cpu(), torch.zeros(len(self.stamps[i]) - len(selected), dtype=torch.bool)])
+
+    # ---- what came of it ----
+
+    def parameters_used(self) -> int:
+        """Weights and biases of the hidden layers and of the outputs of the tasks so far."""
+        hidden = sum(p.numel() for layer in self.layers[:-1] for p in layer.parameters())
+        head = self.layers[-1]
+        outputs = sum(len(task) for task in self.tasks)
+        return hidden + outputs * (head.in_features + (head.bias is not None))
+
+    def plot_growth(self, path: str | Path) -> None:
+        """Units of each layer after each task, by the task that added them."""
+        rows = {
+            name: [[int((s[:n] == u).sum()) for u in range(len(self.reports))] for n in widths]
+            for name, s, widths in zip(
+                self.names, self.stamps, zip(*(r["units"] for r in self.reports), strict=True), strict=False
+            )
+        }
+        plot_growth(rows, path)
+
+    def extra_state(self) -> dict[str, Any]:
+        return {
+            "stamps": self.stamps,
+            "reports": self.reports,
+            "before": self._before,
+            "selected": self._selected,
+            "pull": self._pull,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["method"] == self.name:
+            sizes = {name: len(s) for name, s in zip(self.names, state["extra"]["stamps"], strict=False)}
+            more = {
+                name: n - layer.out_features
+                for (name, n), layer in zip(sizes.items(), self.layers, strict=False)
+                if n > layer.out_features
+            }
+            if more:
+                grow(self.model, more, plan=self.plan)
+            for (name, n), layer in zip(sizes.items(), self.layers, strict=False):
+                if n < layer.out_features:
+                    shrink(self.model, {name: range(n, layer.out_features)}, plan=self.plan)
+        self.tasks = [tuple(task) for task in state["tasks"]]
+        extra = state["extra"]
+        self.stamps, self.reports = list(extra["stamps"]), list(extra["reports"])
+        self._before, self._selected = list(extra["before"]), list(extra["selected"])
+        if self.tasks:
+            first = len(self.tasks) == 1
+            selected = self._selected
+            if first:
+                self._stage(None, l1=self.l1)
+            else:
+                self._stage(self._free(selected, selected), l2=self.l2)
+        super().load_state_dict(state)

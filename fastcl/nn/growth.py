@@ -1,0 +1,34 @@
+"""The picture of a network that grew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+def plot_growth(units: Mapping[str, Sequence[Sequence[int]]], path: str | Path) -> None:
+    """A panel for each layer: its units after every task, stacked by the task that added them.
+
+    Args:
+        units: layer name to a row for each task, how many of its units came with task 0, 1, ...
+        path: png, pdf or svg.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(units), figsize=(4.2 * len(units), 3.4), squeeze=False, layout="constrained")
+    for axis, (name, rows) in zip(axes[0], units.items(), strict=True):
+        colours = plt.get_cmap("viridis")([i / max(1, len(rows) - 1) for i in range(len(rows))])
+        places = range(1, len(rows) + 1)
+        bottom = [0] * len(rows)
+        for added, colour in enumerate(colours):
+            heights = [row[added] if added < len(row) else 0 for row in rows]
+            axis.bar(places, heights, bottom=bottom, color=colour, width=0.8)
+            bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+        axis.set(xlabel="after task", ylabel="units", title=f"layer {name}", xticks=list(places))
+        axis.margins(y=0.08)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
