@@ -15,13 +15,13 @@ from torch.nn import functional as F
 from .. import ops
 from ..nn import grow, plot_growth, reindex, shrink, trace
 from ..optim import MaskedAdam, proximal
-from .method import Batches, Method
+from .method import Batches, ByTask
 
 if TYPE_CHECKING:
     from ..streams import Task
 
 
-class DEN(Method):
+class DEN(ByTask):
     r"""Dynamically expandable networks (Yoon et al. 2018), after the paper's four algorithms.
 
     Task 1 trains with :math:`\mu\lVert W\rVert_1` (eq. 2). A later task t:
@@ -44,6 +44,9 @@ class DEN(Method):
         l1: mu. Proximal steps follow Adam's, whose size does not depend on the loss: mu is larger than with SGD.
         l2: of eq. 4. group: gamma of eq. 5. drift: lambda of eq. 6.
         k: units added to each hidden layer. tau: the training loss above which they are. sigma: of the split.
+        hold: after the split, old units that drifted less get their weights back as well, so that no old task changes by a
+            bit; the task's own units take over what they lost in eq. 6's second pass. False, the paper's: they stay
+            where they drifted to, for better (backward transfer) or worse.
         head_epochs, expand_epochs, split_epochs: passes over the task's data in eq. 3, 5 and each of 6's two.
         lr: Adam's.
     """  # noqa: E501
@@ -57,16 +60,17 @@ class DEN(Method):
         self,
         model: nn.Module,
         *,
-        l1: float = 0.02,
-        l2: float = 1e-4,
-        group: float = 0.5,
-        drift: float = 0.05,
+        l1: float = 0.1,
+        l2: float = 0.01,
+        group: float = 6.0,
+        drift: float = 2.0,
         k: int = 10,
         tau: float = 0.01,
-        sigma: float = 0.5,
+        sigma: float = 0.35,
+        hold: bool = True,
         head_epochs: int = 2,
-        expand_epochs: int = 2,
-        split_epochs: int = 1,
+        expand_epochs: int = 4,
+        split_epochs: int = 10,
         **options: Any,
     ) -> None:
         named = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
@@ -83,7 +87,7 @@ class DEN(Method):
         super().__init__(model, **options)
         self.names, self.layers, self.plan = names, [m for _, m in named], plan
         self.l1, self.l2, self.group, self.drift = l1, l2, group, drift
-        self.k, self.tau, self.sigma = k, tau, sigma
+        self.k, self.tau, self.sigma, self.hold = k, tau, sigma, hold
         self.head_epochs, self.expand_epochs, self.split_epochs = head_epochs, expand_epochs, split_epochs
         self.stamps = [torch.zeros(layer.out_features, dtype=torch.int64) for layer in self.layers[:-1]]
         self.reports: list[dict[str, Any]] = []
@@ -109,22 +113,6 @@ class DEN(Method):
         classes = torch.tensor(self.tasks[-1], device=y.device)
         return F.cross_entropy(self.logits(x, len(self.tasks) - 1), torch.searchsorted(classes, y))
 
-    @torch.no_grad()
-    def predict(self, x: Tensor, task: Task | int | None = None) -> Tensor:
-        """Classes [N] of the given task, which this method cannot do without.
-
-        Raises:
-            ValueError: no task, or an index of one that has not begun.
-        """
-        if task is None:
-            raise ValueError("task is None but DEN must be told the task")
-        index = task if isinstance(task, int) else task.index
-        if isinstance(task, int) and not 0 <= index < len(self.tasks):
-            raise ValueError(f"task is {index} but only {len(self.tasks)} tasks have begun")
-        if index >= len(self.tasks):
-            return torch.full((len(x),), task.classes[0], device=x.device)
-        return torch.tensor(self.tasks[index], device=x.device)[self.logits(x, index).argmax(1)]
-
     # ---- one stage of training: which entries move, under which terms ----
 
     def _stage(
@@ -133,25 +121,19 @@ class DEN(Method):
         """`free`: bool for every parameter, what may move; None: all. A new optimizer: eq. 2 to 6 are new problems."""
         params = list(self.model.parameters())
         masks: Mapping[Tensor, Tensor] = {} if free is None else {p: ~f for p, f in zip(params, free, strict=True)}
-        self.optimizer = MaskedAdam(params, self.lr, weight_decay=2 * l2, reserved=masks)
+        decay = {"weight_decay": 2 * l2, "decoupled_weight_decay": True}
+        self.optimizer = MaskedAdam(params, self.lr, reserved=masks, **decay)
         weights = [layer.weight for layer in self.layers]
         if l1 or group:
             hidden = weights[:-1]
             proximal(self.optimizer, l1=dict.fromkeys(weights, l1), group=dict.fromkeys(hidden, group))
         self._pull = pull
 
-    @torch.no_grad()
-    def regularise(self) -> Tensor | float:
-        if not self._pull:
-            return 0.0
-        params = list(self.model.parameters())
-        ones = [torch.ones_like(p) for p in params]
-        return ops.quadratic_penalty_grad_([p.grad for p in params], params, self._before, ones, 2 * self._pull)
-
-    def _fit(self, batches: Batches, epochs: int) -> None:
+    def _fit(self, x: Tensor, y: Tensor, epochs: int) -> None:
+        """Passes over the data in an order of its own: what a task ends with may come sorted."""
         for _ in range(epochs):
-            for x, y in batches:
-                self.observe(x, y)
+            for part in torch.randperm(len(x)).split(128):
+                self.observe(x[part], y[part])
 
     def observe(self, x: Tensor, y: Tensor) -> float:
         self.check_labels(y)
@@ -161,9 +143,11 @@ class DEN(Method):
         for p in self.model.parameters():
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        value = loss.detach() + self.regularise()
         self.optimizer.step()
-        return value.item()
+        if self._pull:  # after Adam's step, as its decay is: within it every weight would be pulled at full speed
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.model.parameters()), self._before, 2 * self.lr * self._pull)
+        return loss.item()
 
     # ---- algorithm 2 ----
 
@@ -177,12 +161,8 @@ class DEN(Method):
             return
         nothing = [torch.zeros_like(s, dtype=torch.bool) for s in self.stamps]
         self._stage(self._free(nothing, nothing), l1=self.l1)  # eq. 3: the task's own outputs alone
-        x, y = self.training_data(task)
         device = next(self.model.parameters()).device
-        generator = torch.Generator().manual_seed(t)
-        for _ in range(self.head_epochs):
-            for part in torch.randperm(len(x), generator=generator).split(128):
-                self.observe(x[part].to(device), y[part].to(device))
+        self._fit(*(part.to(device) for part in self.training_data(task)), self.head_epochs)
         self._selected = self._reached()
         self.reports[-1]["selected"] = [int(s.sum()) for s in self._selected]
         self._stage(self._free(self._selected, self._selected), l2=self.l2)  # eq. 4
@@ -224,21 +204,24 @@ class DEN(Method):
         if t > 0:
             report["loss"] = self._mean_loss(batches)
             added = [0] * len(self.stamps)
-            if report["loss"] > self.tau and self.k:
-                added = self._expand(batches, t)
+            x, y = (torch.cat(part) for part in zip(*batches, strict=True))
+            expand = self.k > 0 and report["loss"] > self.tau
+            if expand:
+                added = self._expand(x, y, t)
             report["added"] = added
-            report["removed"] = [self.k - n if self.k and any(added) else 0 for n in added]
-            report["split"] = self._split(batches, t)
+            report["removed"] = [self.k - n if expand else 0 for n in added]
+            report["split"] = self._split(x, y, t)
         report["loss_after"] = self._mean_loss(batches)
         report["units"] = [layer.out_features for layer in self.layers[:-1]]
         report["parameters"] = self.parameters_used()
+        self._stage(None, l1=self.l1)  # this task's masks and moments end with it
 
     @torch.no_grad()
     def _mean_loss(self, batches: Batches) -> float:
         total = [(self.loss(x, y).item() * len(y), len(y)) for x, y in batches]
         return sum(loss for loss, _ in total) / sum(n for _, n in total)
 
-    def _expand(self, batches: Batches, t: int) -> list[int]:
+    def _expand(self, x: Tensor, y: Tensor, t: int) -> list[int]:
         """k units in every hidden layer, eq. 5 on their weights, and away with those that it sets to zero."""
         hidden = self.names[:-1]
         grow(self.model, dict.fromkeys(hidden, self.k), plan=self.plan)
@@ -246,7 +229,7 @@ class DEN(Method):
         self.stamps = [torch.cat([s, new]) for s in self.stamps]
         fresh = [torch.arange(len(s)) >= len(s) - self.k for s in self.stamps]
         self._stage(self._free(fresh, [torch.ones_like(f) for f in fresh]), l1=self.l1, group=self.group)
-        self._fit(batches, self.expand_epochs)
+        self._fit(x, y, self.expand_epochs)
         useless: dict[str, Tensor] = {}
         kept = []
         for i, layer in enumerate(self.layers[:-1]):
@@ -259,23 +242,23 @@ class DEN(Method):
             shrink(self.model, useless, plan=self.plan)
         return kept
 
-    def _split(self, batches: Batches, t: int) -> list[int]:
+    def _split(self, x: Tensor, y: Tensor, t: int) -> list[int]:
         """Eq. 6, the drifted units twice, eq. 6 again."""
         self._before = self._padded(self._before)
         old = [s < t for s in self.stamps]
         chosen = [self._pad(s) | ~o for s, o in zip(self._selected, old, strict=True)]
         self._stage(self._free(chosen, chosen), pull=self.drift)
-        self._fit(batches, self.split_epochs)
+        self._fit(x, y, self.split_epochs)
         weights = [layer.weight.detach() for layer in self.layers[:-1]]
         before = self._weights_of(self._before)[:-1]
         drift = ops.drift_norms(weights, before, 0)
         drifted = [((d > self.sigma).cpu() & o).nonzero().flatten() for d, o in zip(drift, old, strict=True)]
-        if any(len(d) for d in drifted):
+        if self.hold or any(len(d) for d in drifted):
             self._duplicate(drifted, t)
         own = [s == t for s in self.stamps]
         self._before = [p.detach().clone() for p in self.model.parameters()]
         self._stage(self._free(own, [torch.ones_like(o) for o in own]), pull=self.drift)
-        self._fit(batches, self.split_epochs)
+        self._fit(x, y, self.split_epochs)
         return [len(d) for d in drifted]
 
     @torch.no_grad()
@@ -298,11 +281,12 @@ class DEN(Method):
                 if i == len(self.layers) - 1:
                     continue
                 rows, twins = drifted[i], slice(sizes[i], None)
+                back = (self.stamps[i] < t).nonzero().flatten() if self.hold else rows
                 if p.dim() == 1:
-                    p[rows] = old[rows]
+                    p[back] = old[back]
                     p[twins] = drifted_values[rows]
                 else:
-                    p[rows, :width] = old[rows]
+                    p[back, :width] = old[back]
                     p[twins, :width] = drifted_values[rows]
             if below is not None and len(below):
                 # who reads a twin: units of task t only; they read the twin in the old unit's place
@@ -330,6 +314,10 @@ class DEN(Method):
             corner = tuple(slice(size) for size in old.shape)
             new[corner] = old
             found.append(new)
+        rows = list(self.tasks[-1])  # the task's own outputs have no past to be held to
+        for p, value in zip(self.model.parameters(), found, strict=True):
+            if any(p is own for own in self.layers[-1].parameters()):
+                value[rows] = p.detach()[rows]
         return found
 
     def _pad(self, selected: Tensor) -> Tensor:
@@ -365,7 +353,9 @@ class DEN(Method):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["method"] == self.name:
+        if state["method"] != self.name:
+            super().load_state_dict(state)  # which refuses it
+        else:
             sizes = {name: len(s) for name, s in zip(self.names, state["extra"]["stamps"], strict=False)}
             more = {
                 name: n - layer.out_features
@@ -381,11 +371,8 @@ class DEN(Method):
         extra = state["extra"]
         self.stamps, self.reports = list(extra["stamps"]), list(extra["reports"])
         self._before, self._selected = list(extra["before"]), list(extra["selected"])
-        if self.tasks:
-            first = len(self.tasks) == 1
-            selected = self._selected
-            if first:
-                self._stage(None, l1=self.l1)
-            else:
-                self._stage(self._free(selected, selected), l2=self.l2)
+        if self.reports and "units" not in self.reports[-1] and len(self.tasks) > 1:  # within a task
+            self._stage(self._free(self._selected, self._selected), l2=self.l2)
+        else:
+            self._stage(None, l1=self.l1)
         super().load_state_dict(state)

@@ -26,13 +26,13 @@ from ..nn import (
     use_task,
 )
 from ..optim import MaskedAdam, MaskedSGD, protect
-from .method import Batches, Method
+from .method import Batches, ByTask, Method
 
 if TYPE_CHECKING:
     from ..streams import Stream, Task
 
 
-class HAT(Method):
+class HAT(ByTask):
     r"""Hard attention to the task (Serra et al. 2018).
 
     Every unit has a gate :math:`\sigma(s\,e_t)` (eq. 1); s rises within each epoch (eq. 3); gradients are scaled by
@@ -178,32 +178,6 @@ class HAT(Method):
                 for layer, masks in zip(self.layers, saved, strict=True):
                     layer.masks = masks
             self.model.train(training)
-
-    @torch.no_grad()
-    def predict(self, x: Tensor, task: Task | int | None = None) -> Tensor:
-        """Output units [N]: among the task's, or, the task not given, among those of the task of least entropy.
-
-        A task that has not begun has no mask and no trained outputs: all its samples get its first class.
-
-        Raises:
-            ValueError: an index of a task that has not begun.
-        """
-        if task is not None:
-            index = task if isinstance(task, int) else task.index
-            if isinstance(task, int) and not 0 <= index < len(self.tasks):
-                raise ValueError(f"task is {index} but only {len(self.tasks)} tasks have begun")
-            if index >= len(self.tasks):
-                return torch.full((len(x),), task.classes[0], device=x.device)
-            return torch.tensor(self.tasks[index], device=x.device)[self.logits(x, index).argmax(1)]
-        best = torch.full((len(x),), math.inf, device=x.device)
-        found = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        for index, classes in enumerate(self.tasks):
-            log_p = self.logits(x, index).log_softmax(1)
-            entropy = -(log_p.exp() * log_p).sum(1)
-            nearer = entropy < best
-            best = torch.where(nearer, entropy, best)
-            found = torch.where(nearer, torch.tensor(classes, device=x.device)[log_p.argmax(1)], found)
-        return found
 
     def occupancy(self) -> dict[str, Any]:
         """What each task uses of every layer: :func:`fastcl.nn.capacity`."""

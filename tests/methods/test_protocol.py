@@ -36,8 +36,8 @@ def test_runs_in_anybodys_loop(name: str, setting: str) -> None:
         assert sum(losses[-quarter:]) < sum(losses[:quarter])
         learner.end_task([task.train()])
     x, y = stream.tasks[1].test()
-    # what HAT makes of samples whose task it must guess is tested in test_hat.py
-    found = learner.predict(x, stream.tasks[1] if setting == "task" or name == "hat" else None)
+    # what a method makes of samples whose task it must guess is tested for HAT
+    found = learner.predict(x, stream.tasks[1] if setting == "task" or name in ("hat", "den") else None)
     assert found.shape == y.shape
     assert (found == y).float().mean() > 0.65  # the task learned last
     assert set(learner.predict(x, 0).tolist()) <= set(stream.tasks[0].classes)
@@ -111,7 +111,7 @@ def test_bad_input(name: str) -> None:
     with pytest.raises(ValueError, match="setting is 'both'"):
         type(learner)(learner.model, setting="both")
     with pytest.raises(ValueError, match="lr is 0 but must be positive"):
-        type(learner)(learner.model, lr=0)
+        type(learner)(learner.model, setting=learner.setting, lr=0)
 
 
 def test_ewc_needs_data_to_end_a_task() -> None:
