@@ -109,11 +109,39 @@ def masks() -> Iterator[Experiment]:
     yield Experiment("HAT, task inferred by entropy", "hat", "class")
 
 
+def growth() -> Iterator[Experiment]:
+    """DEN beside separately trained networks of the full size (one a task), joint training and fine-tuning."""
+    full = {"hidden": (312, 128)}
+    for scenario, rest, stages in (
+        ("variation", {"epochs": 10, "tasks": 10}, {"split_epochs": 15}),
+        ("permuted", {"epochs": 2, "tasks": 10}, {"head_epochs": 1, "expand_epochs": 1, "split_epochs": 3}),
+    ):
+        seeds = 3 if scenario == "variation" else 1
+        yield Experiment("fine-tuning", "finetune", "task", scenario, full, rest, seeds)
+        yield Experiment("DEN", "den", "task", scenario, {**full, **stages}, rest, seeds)
+        yield Experiment("separate networks", "separate", "task", scenario, full, rest, seeds)
+        if scenario == "variation":
+            yield Experiment("joint", "joint", "task", scenario, full, rest, seeds)
+
+
+def neurogenesis() -> Iterator[Experiment]:
+    """CLN, two digits a task, beside fine-tuning, EWC and joint training of the same classifier's data."""
+    yield Experiment("fine-tuning", "finetune", "class", seeds=3)
+    yield Experiment("online EWC", "ewc", "class", options={"strength": 1e5}, seeds=3)
+    yield Experiment("DGR (VAE)", "dgr", "class", seeds=3)
+    yield Experiment("CLN", "cln", "class", options=CLN, rest={"epochs": 1}, seeds=3)
+    yield Experiment("joint", "joint", "class", seeds=3)
+
+
+CLN = {"replay": 2000, "sample": 2000, "iterations": 4, "vae_epochs": 4}
+
 TABLES: dict[str, Callable[[], Iterator[Experiment]]] = {
     "importances": importances,
     "strengths": strengths,
     "exactness": exactness,
     "masks": masks,
+    "growth": growth,
+    "neurogenesis": neurogenesis,
 }
 
 
@@ -124,9 +152,57 @@ def run(job: tuple[str, dict[str, Any], str]) -> dict[str, Any]:
     torch.set_num_threads(1)
     from fastcl.runner import Config, Run
 
-    result = Run(Config(data="mnist", data_root=data_root, **arguments)).train()
+    if arguments["method"] == "separate":
+        return {
+            "key": key,
+            **separate(Config(data="mnist", data_root=data_root, **{**arguments, "method": "finetune"})),
+        }
+    learner = Run(Config(data="mnist", data_root=data_root, **arguments))
+    result = learner.train()
     kept = ("average_accuracy", "forgetting", "accuracy", "parameters", "seconds", "versions")
-    return {"key": key, **{name: result[name] for name in kept}}
+    line = {"key": key, **{name: result[name] for name in kept}}
+    if hasattr(learner.learner, "parameters_used"):
+        line["parameters"] = learner.learner.parameters_used()
+    for picture in ("plot_growth", "plot_generated"):
+        if hasattr(learner.learner, picture) and arguments["seed"] == 0:
+            name = f"{arguments['method']}-{arguments['scenario']}-{picture.removeprefix('plot_')}.png"
+            getattr(learner.learner, picture)(RESULTS / name)
+    return line
+
+
+def separate(config: Any) -> dict[str, Any]:
+    """A network of its own for every task: its accuracy there, and all their parameters."""
+    import time
+
+    from fastcl.runner import Run
+
+    start, accuracy, parameters = time.perf_counter(), [], 0
+    whole = Run(config)
+    for task in whole.stream.tasks:
+        run = Run(config)
+        run.learner.begin_task(task)
+        x, y = task.train()
+        for _ in range(run.config.epochs):
+            for a, b in run._batches(x, y, shuffle=True):
+                run.learner.observe(a, b)
+        accuracy.append(_own(run, task))
+        head = run.learner.model[-1]
+        unused = (head.out_features - len(task.classes)) * (head.in_features + 1)
+        parameters += sum(p.numel() for p in run.learner.model.parameters()) - unused
+    return {
+        "average_accuracy": statistics.mean(accuracy),
+        "forgetting": 0.0,
+        "accuracy": [accuracy],
+        "parameters": parameters,
+        "seconds": time.perf_counter() - start,
+        "versions": {},
+    }
+
+
+def _own(run: Any, task: Any) -> float:
+    x, y = task.test()
+    right = [int((run.learner.predict(a, 0) == b).sum()) for a, b in zip(x.split(1024), y.split(1024), strict=True)]
+    return sum(right) / len(x)
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
@@ -179,16 +255,20 @@ def table(name: str, experiments: list[Experiment], done: dict[str, dict[str, An
         groups.setdefault((e.scenario, e.setting), []).append(e)
     for (scenario, setting), rows in groups.items():
         text += ["", f"## {scenario} MNIST, {setting} setting", ""]
-        text += ["| method | options | accuracy | forgetting | seconds | seeds |", "|---|---|---|---|---|---|"]
+        text += [
+            "| method | options | accuracy | forgetting | parameters | seconds | seeds |",
+            "|---|---|---|---|---|---|---|",
+        ]
         for e in rows:
             lines = [done[k] for k in (e.key(first + n) for n in range(e.seeds)) if k in done]
             if not lines:
                 continue
             options = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in e.options.items())
             accuracy, forgetting = ([100 * x[c] for x in lines] for c in ("average_accuracy", "forgetting"))
-            seconds = statistics.mean(x["seconds"] for x in lines)
+            seconds, parameters = (statistics.mean(x[c] for x in lines) for c in ("seconds", "parameters"))
             row = (
-                f"| {e.label} | {options} | {spread(accuracy)} | {spread(forgetting)} | {seconds:.0f} | {len(lines)} |"
+                f"| {e.label} | {options} | {spread(accuracy)} | {spread(forgetting)} | {parameters:,.0f} "
+                f"| {seconds:.0f} | {len(lines)} |"
             )
             text.append(row)
     return "\n".join(text) + "\n"

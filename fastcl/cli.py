@@ -29,6 +29,7 @@ from .runner import Config, Run
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
+PICTURES = {"plot_occupancy": "-masks", "plot_growth": "-growth", "plot_generated": "-generated"}  # a method's own
 
 
 def main() -> None:
@@ -88,7 +89,7 @@ def run(
         write_atomically(out, (json.dumps(result, indent=1) + "\n").encode())
     if plot is not None:
         _plots().result_picture(result, plot)
-        for own, suffix in (("plot_occupancy", "-masks"), ("plot_growth", "-growth")):
+        for own, suffix in PICTURES.items():
             if hasattr(run.learner, own):
                 getattr(run.learner, own)(plot.with_stem(plot.stem + suffix))
 

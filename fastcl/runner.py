@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import platform
 import time
@@ -88,7 +89,9 @@ class Run:
         c = self.config
         self.stream = streams.make(streams.load(c.data, c.data_root), c.scenario, c.setting, c.tasks, c.seed)
         method = METHODS[c.method]
-        options = {"hidden": DEFAULTS[c.data]["hidden"], "seed": c.seed, "lr": c.lr, **c.options}
+        options = {"seed": c.seed, "lr": c.lr, **c.options}
+        if "hidden" in inspect.signature(method.build).parameters:
+            options = {"hidden": DEFAULTS[c.data]["hidden"], **options}
         self.learner: Method = method.build(self.stream, **options)
         self.learner.model.to(c.device)
         self.shuffle = torch.Generator().manual_seed(c.seed)

@@ -1,15 +1,32 @@
 """Learners, one file per published method."""
 
+from .cln import CLN
 from .den import DEN
+from .dgr import DGR
 from .ewc import EWC
 from .finetune import Finetune
 from .hat import HAT
 from .joint import Joint
 from .mas import MAS
-from .method import Method, Regularised
+from .method import ByTask, Method, Regularised
 from .rwalk import RWalk
 from .si import SI
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (Finetune, Joint, EWC, MAS, SI, RWalk, HAT, DEN)}
+METHODS: dict[str, type[Method]] = {m.name: m for m in (Finetune, Joint, EWC, MAS, SI, RWalk, HAT, DEN, CLN, DGR)}
 
-__all__ = ["DEN", "EWC", "HAT", "MAS", "METHODS", "SI", "Finetune", "Joint", "Method", "RWalk", "Regularised"]
+__all__ = [
+    "CLN",
+    "DEN",
+    "DGR",
+    "EWC",
+    "HAT",
+    "MAS",
+    "METHODS",
+    "SI",
+    "ByTask",
+    "Finetune",
+    "Joint",
+    "Method",
+    "RWalk",
+    "Regularised",
+]

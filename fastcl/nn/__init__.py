@@ -2,7 +2,7 @@
 
 from .convert import capacity, plot_capacity, reserved_masks, to_masked, to_plain
 from .grow import grow, reindex, shrink
-from .growth import plot_growth
+from .growth import plot_growth, plot_images
 from .masked import (
     MaskedConv1d,
     MaskedConv2d,
@@ -19,12 +19,17 @@ from .masked import (
 )
 from .mixture import ConvergenceWarning, GaussianMixture
 from .mlp import mlp
+from .nflae import learn_features
 from .plan import Plan, trace
 from .schedules import dgm_scale, hat_scale
+from .simplenet import SimpleNet
+from .vae import VAE, GaussianVAE
 
 __all__ = [
+    "VAE",
     "ConvergenceWarning",
     "GaussianMixture",
+    "GaussianVAE",
     "MaskedConv1d",
     "MaskedConv2d",
     "MaskedConv3d",
@@ -32,16 +37,19 @@ __all__ = [
     "MaskedLayer",
     "MaskedLinear",
     "Plan",
+    "SimpleNet",
     "begin_task",
     "capacity",
     "dgm_scale",
     "end_task",
     "grow",
     "hat_scale",
+    "learn_features",
     "masked_layers",
     "mlp",
     "plot_capacity",
     "plot_growth",
+    "plot_images",
     "reindex",
     "reserved_masks",
     "set_scale",

@@ -1,9 +1,11 @@
-"""The picture of a network that grew."""
+"""Pictures of a network that grew, and of what it generates."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from torch import Tensor
 
 
 def plot_growth(units: Mapping[str, Sequence[Sequence[int]]], path: str | Path) -> None:
@@ -30,5 +32,27 @@ def plot_growth(units: Mapping[str, Sequence[Sequence[int]]], path: str | Path) 
         axis.set(xlabel="after task", ylabel="units", title=f"layer {name}", xticks=list(places))
         axis.margins(y=0.08)
         axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_images(rows: Mapping[str, Tensor], path: str | Path, columns: int = 10) -> None:
+    """Grids of images [N, 1 or 3, H, W] in [0, 1], `columns` side by side, a panel for each title."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(rows), figsize=(2.6 * len(rows), 3.2), squeeze=False, layout="constrained")
+    for axis, (title, images) in zip(axes[0], rows.items(), strict=True):
+        n, channels, height, width = images.shape
+        lines = -(-n // columns)
+        grid = images.new_zeros(channels, lines * height, columns * width)
+        for i, image in enumerate(images):
+            line, column = divmod(i, columns)
+            grid[:, line * height : (line + 1) * height, column * width : (column + 1) * width] = image
+        axis.imshow(grid.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+        axis.set_title(title, fontsize=9)
+        axis.axis("off")
     figure.savefig(path, dpi=130)
     plt.close(figure)

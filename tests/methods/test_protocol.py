@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +14,22 @@ from fastcl.checkpoint import CheckpointError
 from fastcl.methods import METHODS, Method
 from fastcl.runner import Config, Run
 
-QUICK = {"epochs": 2, "batch_size": 128, "options": {"hidden": (32,)}}
 pytestmark = pytest.mark.filterwarnings("ignore::fastcl.FallbackWarning")
 
 
+# hidden widths where a method has them; a small network of its own for the others
+SMALL: dict[str, dict[str, Any]] = {
+    "cln": {"width": 3, "latent": 4, "replay": 10, "iterations": 1, "vae_epochs": 1, "vae_steps": 1, "nflae_steps": 2}
+}
 CASES = [(name, setting) for name, method in METHODS.items() for setting in method.settings]
+
+
+def small(name: str, *hidden: int) -> dict[str, Any]:
+    return {**SMALL[name], "tune_epochs": 0} if name in SMALL else {"hidden": hidden}
+
+
+def quick(name: str) -> dict[str, Any]:
+    return {"epochs": 2, "batch_size": 128, "options": small(name, 32)}
 
 
 def weights(run: Run) -> list[Tensor]:
@@ -27,11 +39,11 @@ def weights(run: Run) -> list[Tensor]:
 @pytest.mark.parametrize(("name", "setting"), CASES)
 def test_runs_in_anybodys_loop(name: str, setting: str) -> None:
     stream = streams.make(streams.load("digits"), "split", setting)
-    learner = METHODS[name].build(stream, hidden=(32,), seed=1)
+    learner = METHODS[name].build(stream, **small(name, 32), seed=1)
     for task in stream.tasks[:2]:
         learner.begin_task(task)
         x, y = learner.training_data(task)
-        losses = [learner.observe(a, b) for _ in range(8) for a, b in zip(x.split(64), y.split(64), strict=True)]
+        losses = [learner.observe(a, b) for _ in range(20) for a, b in zip(x.split(64), y.split(64), strict=True)]
         quarter = len(losses) // 4
         assert sum(losses[-quarter:]) < sum(losses[:quarter])
         learner.end_task([task.train()])
@@ -47,7 +59,7 @@ def test_runs_in_anybodys_loop(name: str, setting: str) -> None:
 
 @pytest.mark.parametrize(("name", "setting"), CASES)
 def test_same_seed_same_result(name: str, setting: str) -> None:
-    a, b, c = (Run(Config(name, setting=setting, seed=s, **QUICK)) for s in (3, 3, 4))
+    a, b, c = (Run(Config(name, setting=setting, seed=s, **quick(name))) for s in (3, 3, 4))
     results = [run.train() for run in (a, b, c)]
     assert results[0]["accuracy"] == results[1]["accuracy"]
     assert all(torch.equal(x, y) for x, y in zip(weights(a), weights(b), strict=True))
@@ -61,7 +73,7 @@ class Stop(Exception):
 @pytest.mark.parametrize("when", [(0, 0, 1), (0, 1, 2), (2, 0, 0), (4, 1, 1)])
 @pytest.mark.parametrize("name", METHODS)
 def test_interrupted_and_resumed_equals_uninterrupted(name: str, when: tuple[int, int, int], tmp_path: Path) -> None:
-    config = Config(name, setting="task" if "task" in METHODS[name].settings else "class", **QUICK)
+    config = Config(name, setting="task" if "task" in METHODS[name].settings else "class", **quick(name))
     whole = Run(config)
     expected = whole.train()
 
@@ -82,18 +94,19 @@ def test_interrupted_and_resumed_equals_uninterrupted(name: str, when: tuple[int
 
 
 def test_resume_refuses_another_run(tmp_path: Path) -> None:
-    config = Config("ewc", **QUICK)
+    config = Config("ewc", **quick("ewc"))
     Run(config, tmp_path).train()
     with pytest.raises(ValueError, match=r"seed is 5 but the checkpoint in .* was made with 0"):
-        Run(Config("ewc", seed=5, **QUICK), tmp_path, resume=True)
+        Run(Config("ewc", seed=5, **quick("ewc")), tmp_path, resume=True)
     with pytest.raises(ValueError, match="resume needs checkpoint"):
         Run(config, resume=True)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_bad_input(name: str) -> None:
-    stream = streams.make(streams.load("digits"), "split", "task")
-    learner = METHODS[name].build(stream, hidden=(16,))
+    setting = METHODS[name].settings[0]
+    stream = streams.make(streams.load("digits"), "split", setting)
+    learner = METHODS[name].build(stream, **small(name, 16))
     x, y = stream.tasks[0].train()
     with pytest.raises(RuntimeError, match="begin_task must come first"):
         learner.observe(x, y)
@@ -109,9 +122,14 @@ def test_bad_input(name: str) -> None:
     with pytest.raises(ValueError, match="state is of the method 'other'"):
         learner.load_state_dict({**learner.state_dict(), "method": "other"})
     with pytest.raises(ValueError, match="setting is 'both'"):
-        type(learner)(learner.model, setting="both")
+        _again(learner, setting="both")
     with pytest.raises(ValueError, match="lr is 0 but must be positive"):
-        type(learner)(learner.model, setting=learner.setting, lr=0)
+        _again(learner, setting=learner.setting, lr=0)
+
+
+def _again(learner: Method, **options: Any) -> Method:
+    own = [learner.generator] if hasattr(learner, "generator") else []
+    return type(learner)(learner.model, *own, **options)
 
 
 def test_ewc_needs_data_to_end_a_task() -> None:

@@ -1,0 +1,329 @@
+"""CLN as a learner."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..nn import GaussianVAE, SimpleNet, grow, learn_features, plot_growth, plot_images
+from .method import Batches, Method
+
+if TYPE_CHECKING:
+    from ..streams import Stream, Task
+
+
+class CLN(Method):
+    """Continual learning with neurogenesis (Draelos et al. 2017, Neurogenesis deep learning, and the seed's algorithm).
+
+    For a new task: (1) images of the old classes are synthesised by the VAE from each class's Gaussian, and those kept
+    that the classifier gives the right class; (2) every convolution gains filters, trained by a new feature learning
+    autoencoder (:func:`fastcl.nn.learn_features`) on the new data, the old ones frozen; (3) the classifier gains outputs and
+    (4, `observe`) trains on new and synthesised data together; (5) the latent space gains dimensions and (6, `end_task`)
+    the VAE, its encoder the classifier's trunk, trains on both, clustering its latents again and again. At last (ours)
+    the classifier is tuned on synthesised images of all classes, so that real or not tells it nothing about old or new.
+    No old image is read, ever.
+
+    Args:
+        model: a :class:`fastcl.nn.SimpleNet`; it grows.
+        filters: added to each convolution for a task. latent: dimensions for the first task; latent_growth: added by each.
+        grow: ``fixed``, or ``outliers``: up to `rounds` times `filters`, while the new data has reconstruction outliers.
+        replay: synthesised images of each old class. sample: at most so many of the task's own images a class for the VAE.
+        iterations: of clustering, each with `vae_epochs` passes but at least `vae_steps` steps; tune_epochs: of the
+            classifier at last.
+        beta: weight of the KL; 1 loses the variety within a class (8 x 8 digits). vae_lr: Adam's, of the VAE. nflae_steps: of each layer's autoencoder.
+        vae_from: ``classifier``, the seed's: the encoder starts from the classifier's trunk; or ``previous``.
+        lr: Adam's, of the classifier.
+    """  # noqa: E501
+
+    name = "cln"
+    paper = "Draelos et al. 2017, Neurogenesis deep learning"
+    seed = "neurogenesis"
+    settings = ("class",)
+
+    def __init__(
+        self,
+        model: SimpleNet,
+        *,
+        filters: int = 3,
+        latent: int = 12,
+        latent_growth: int = 6,
+        grow: str = "fixed",
+        rounds: int = 3,
+        replay: int = 1000,
+        sample: int = 2000,
+        iterations: int = 4,
+        vae_epochs: int = 3,
+        vae_steps: int = 150,
+        tune_epochs: int = 3,
+        beta: float = 0.1,
+        vae_lr: float = 1e-3,
+        nflae_steps: int = 60,
+        vae_from: str = "classifier",
+        **options: Any,
+    ) -> None:
+        if grow not in ("fixed", "outliers") or vae_from not in ("classifier", "previous"):
+            raise ValueError("grow must be fixed or outliers, and vae_from classifier or previous")
+        for name, value in (("latent", latent), ("replay", replay), ("sample", sample), ("rounds", rounds)):
+            if value < 1:
+                raise ValueError(f"{name} is {value} but must be at least 1")
+        super().__init__(model, **options)
+        self.lr = options.get("lr", 1e-3)
+        self.filters, self.latent, self.latent_growth, self.grow, self.rounds = (
+            filters,
+            latent,
+            latent_growth,
+            grow,
+            rounds,
+        )
+        self.replay, self.sample, self.iterations, self.vae_epochs = replay, sample, iterations, vae_epochs
+        self.tune_epochs, self.beta, self.vae_lr, self.nflae_steps = tune_epochs, beta, vae_lr, nflae_steps
+        self.vae_from, self.vae_steps = vae_from, vae_steps
+        self.vae: GaussianVAE | None = None
+        self.old: tuple[Tensor, Tensor] | None = None  # synthesised: images as bytes, classes
+        self.shown: list[Tensor] = []  # a few synthesised images of every class, after each task
+        self.reports: list[dict[str, Any]] = []
+
+    @classmethod
+    def build(cls, stream: Stream, *, width: int | Sequence[int] = 12, seed: int = 0, **options: Any) -> Method:
+        """A SimpleNet whose head has the first task's outputs."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = SimpleNet(stream.input_shape, max(stream.tasks[0].classes) + 1, width)
+            made = cls(model, setting=stream.setting, **options)
+        made.input_shape = stream.input_shape
+        return made
+
+    input_shape: tuple[int, ...] = (1, 28, 28)
+
+    # ---- steps 1 to 3 ----
+
+    def begin_task(self, task: Task) -> None:
+        super().begin_task(task)
+        report: dict[str, Any] = {"task": len(self.tasks) - 1}
+        if self.vae is not None:
+            seen = sorted({c for begun in self.tasks[:-1] for c in begun})
+            self.old, report["synthesised"] = self.synthesise(seen, self.replay)
+            x, _ = self.training_data(task)
+            x = x.to(self._device)[torch.randperm(len(x))[: self.sample]]
+            rounds = self.rounds if self.grow == "outliers" else 1
+            features = learn_features(
+                self.model,
+                x,
+                self.model.convolutions(),
+                filters=self.filters,
+                old=_floats(self.old[0]),
+                rounds=rounds,
+                steps=self.nflae_steps,
+            )
+            report["features"] = [list(f) for f in features]
+        missing = max(task.classes) + 1 - self.model.head.out_features
+        if missing > 0:
+            grow(self.model.head, missing)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), self.lr)
+        report["widths"] = [self.model.get_submodule(n).out_channels for n in self.model.convolutions()]
+        self.reports.append(report)
+
+    @torch.no_grad()
+    def synthesise(self, classes: Sequence[int], each: int) -> tuple[tuple[Tensor, Tensor], dict[str, float]]:
+        """`each` images of every class that the classifier takes for that class, as bytes; and what share it took.
+
+        Where the VAE does not give enough of them, those there are come again, shifted by up to two pixels.
+        """
+        assert self.vae is not None
+        training = self.model.training
+        self.model.eval()
+        self.vae.eval()
+        known = torch.tensor(sorted(classes), device=self._device)
+        images, labels, shares = [], [], {}
+        for c in classes:
+            kept: list[Tensor] = []
+            tried = found = 0
+            for _ in range(8):
+                wanted = torch.full((each,), self._component(c), device=self._device)
+                x = (self.vae.sample(wanted) * 255).round().byte()
+                right = known[self.model(_floats(x))[:, known].argmax(1)] == c
+                kept.append(x[right])
+                tried, found = tried + each, found + int(right.sum())
+                if found >= each:
+                    break
+            x = torch.cat(kept)[:each]
+            if len(x) < each:
+                x = self._augmented(x if len(x) else self.vae_images(c, each), each)
+            images.append(x)
+            labels.append(torch.full((each,), c, device=self._device))
+            shares[str(c)] = found / tried
+        self.model.train(training)
+        return (torch.cat(images), torch.cat(labels)), shares
+
+    def vae_images(self, c: int, n: int) -> Tensor:
+        """Unfiltered: the classifier recognises none of class c."""
+        return (self.vae.sample(torch.full((n,), self._component(c), device=self._device)) * 255).round().byte()
+
+    @staticmethod
+    def _augmented(x: Tensor, n: int) -> Tensor:
+        again = x[torch.randint(len(x), (n - len(x),)).to(x.device)] if len(x) < n else x[:0]
+        shifts = torch.randint(-2, 3, (len(again), 2)).tolist()
+        moved = [torch.roll(image, shift, (1, 2)) for image, shift in zip(again, shifts, strict=True)]
+        return torch.cat([x, torch.stack(moved)]) if moved else x
+
+    def _component(self, c: int) -> int:
+        return [k for task in self.tasks for k in task].index(c)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    # ---- step 4 ----
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """Cross-entropy on the batch and, for every class the same number of them, on synthesised old images."""
+        if self.old is not None:
+            classes = len(self.tasks[-1])
+            n = max(1, len(x) * (len(self.classes) - classes) // classes)
+            picked = torch.randint(len(self.old[1]), (n,)).to(self._device)
+            x, y = torch.cat([x, _floats(self.old[0][picked])]), torch.cat([y, self.old[1][picked]])
+        known = torch.tensor(self.classes, device=y.device)
+        return F.cross_entropy(self.model(x)[:, known], torch.searchsorted(known, y))
+
+    @torch.no_grad()
+    def predict(self, x: Tensor, task: Task | int | None = None) -> Tensor:
+        """As :meth:`Method.predict`; a task whose outputs do not exist yet gets its first class."""
+        if task is not None and not isinstance(task, int) and max(task.classes) >= self.model.head.out_features:
+            return torch.full((len(x),), task.classes[0], device=x.device)
+        return super().predict(x, task)
+
+    # ---- steps 5 and 6 ----
+
+    def end_task(self, batches: Batches) -> None:
+        x, y = (torch.cat(part) for part in zip(*batches, strict=True))
+        x, y = self._chosen(x, y)
+        if self.old is not None:
+            x, y = torch.cat([x, _floats(self.old[0])]), torch.cat([y, self.old[1]])
+        self._train_vae(x, self._components(y))
+        seen = self.classes
+        if self.tune_epochs:
+            (fake, labels), _ = self.synthesise(seen, self.replay)
+            self._tune(_floats(fake), labels)
+        shown, _ = self.synthesise(seen, 10)
+        self.shown.append(shown[0].cpu())
+        self.old = None
+        self.reports[-1]["latent"] = self.vae.latent
+
+    def _chosen(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """At most `sample` images of each of the task's classes."""
+        picked = torch.cat([(y == c).nonzero().flatten()[: self.sample] for c in self.tasks[-1]])
+        return x[picked], y[picked]
+
+    def _components(self, y: Tensor) -> Tensor:
+        order = torch.tensor([c for task in self.tasks for c in task], device=y.device)
+        return (y.unsqueeze(1) == order).int().argmax(1)
+
+    def _train_vae(self, x: Tensor, y: Tensor) -> None:
+        n_classes = sum(len(task) for task in self.tasks)
+        trunk, features = self.model.trunk(), self.model.head.in_features
+        if self.vae is None:
+            self.vae = GaussianVAE(trunk, features, self.latent, n_classes, self.input_shape).to(self._device)
+        else:
+            self._renew_vae(trunk, features, n_classes)
+        vae = self.vae
+        vae.train()
+        optimizer = torch.optim.Adam(vae.parameters(), self.vae_lr)
+        epochs = max(self.vae_epochs, -(-self.vae_steps // -(-len(x) // 128)))
+        for i in range(self.iterations):
+            for _ in range(epochs):
+                for part in torch.randperm(len(x)).split(128):
+                    part = part.to(x.device)
+                    optimizer.zero_grad()
+                    vae.loss(x[part], y[part], self.beta).backward()
+                    optimizer.step()
+            vae.cluster(x, y)
+            if i == self.iterations // 2:
+                for group in optimizer.param_groups:
+                    group["lr"] *= 0.3
+
+    def _renew_vae(self, trunk: nn.Module, features: int, n_classes: int) -> None:
+        """The grown VAE: decoder as it was, encoder the classifier's (or the old one's), more latents and classes."""
+        vae = self.vae
+        wider = features - vae.mean.in_features
+        if self.vae_from == "classifier":
+            vae.encoder = copy.deepcopy(trunk)
+            if wider:
+                for layer in (vae.mean, vae.log_var):
+                    grow(layer, 0, inputs=wider)
+        if self.latent_growth:
+            vae.grow_latent(self.latent_growth)
+        vae.grow_classes(n_classes)
+
+    def _tune(self, x: Tensor, y: Tensor) -> None:
+        known = torch.tensor(self.classes, device=y.device)
+        optimizer = torch.optim.Adam(self.model.parameters(), 0.3 * self.lr)
+        self.model.train()
+        for _ in range(self.tune_epochs):
+            for part in torch.randperm(len(x)).split(128):
+                part = part.to(x.device)
+                optimizer.zero_grad()
+                F.cross_entropy(self.model(x[part])[:, known], torch.searchsorted(known, y[part])).backward()
+                optimizer.step()
+
+    # ---- pictures and state ----
+
+    def plot_generated(self, path: str | Path) -> None:
+        """Ten synthesised images of every class after each task."""
+        plot_images({f"after task {t + 1}": x.float() / 255 for t, x in enumerate(self.shown)}, path, columns=10)
+
+    def plot_growth(self, path: str | Path) -> None:
+        """Filters of the first, a middle and the last convolution, and latents, by the task that added them."""
+        series = {f"conv{i + 1}": [r["widths"][i] for r in self.reports] for i in (0, 6, 12)}
+        series["latent"] = [r.get("latent", 0) for r in self.reports]
+        rows = {}
+        for name, values in series.items():
+            added = [values[0], *(b - a for a, b in pairwise(values))]
+            rows[name] = [added[: t + 1] for t in range(len(values))]
+        plot_growth(rows, path)
+
+    def extra_state(self) -> dict[str, Any]:
+        vae = self.vae
+        return {
+            "widths": [self.model.get_submodule(n).out_channels for n in self.model.convolutions()],
+            "outputs": self.model.head.out_features,
+            "vae": None if vae is None else dict(vae.state_dict()),
+            "vae_widths": None if vae is None else [m.out_channels for m in vae.encoder if isinstance(m, nn.Conv2d)],
+            "latent": None if vae is None else vae.latent,
+            "classes": None if vae is None else vae.classes.n_components,
+            "old": None if self.old is None else list(self.old),
+            "shown": self.shown,
+            "reports": self.reports,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["method"] == self.name:
+            extra = state["extra"]
+            self._rebuild(extra["widths"], extra["outputs"])
+            self.optimizer = torch.optim.Adam(self.model.parameters(), self.lr)
+            self.vae = None
+            if extra["vae"] is not None:
+                encoder = SimpleNet(self.input_shape, 1, extra["vae_widths"])
+                self.vae = GaussianVAE(
+                    encoder.trunk(), encoder.head.in_features, extra["latent"], extra["classes"], self.input_shape
+                ).to(self._device)
+                self.vae.load_state_dict(extra["vae"])
+            self.old = None if extra["old"] is None else tuple(t.to(self._device) for t in extra["old"])
+            self.shown, self.reports = list(extra["shown"]), list(extra["reports"])
+        super().load_state_dict(state)
+
+    def _rebuild(self, widths: Sequence[int], outputs: int) -> None:
+        """The classifier in the saved sizes; its weights come from the state."""
+        made = SimpleNet(self.input_shape, outputs, widths).to(self._device)
+        for name, child in made.named_children():
+            setattr(self.model, name, child)
+
+
+def _floats(x: Tensor) -> Tensor:
+    return x.float() / 255

@@ -1,0 +1,115 @@
+"""CLN's steps, and that no old image is read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastcl import streams
+from fastcl.methods import CLN
+from fastcl.runner import Config, Run
+
+STREAM = streams.make(streams.load("digits"), "split", "class", 5)
+SIZE = {"width": 4, "latent": 4, "replay": 40}
+QUICK: dict[str, Any] = {**SIZE, "iterations": 1, "vae_epochs": 1, "vae_steps": 1, "nflae_steps": 3}
+
+
+def trained(stream: streams.Stream, tasks: int, epochs: int = 1, **options: Any) -> CLN:
+    torch.manual_seed(0)
+    cln = CLN.build(stream, **{**QUICK, **options})
+    for task in stream.tasks[:tasks]:
+        cln.begin_task(task)
+        x, y = task.train()
+        for _ in range(epochs):
+            for part in torch.randperm(len(x)).split(64):
+                cln.observe(x[part], y[part])
+        cln.end_task([(x, y)])
+    return cln
+
+
+def test_everything_grows_by_the_paper_s_steps() -> None:
+    cln = trained(STREAM, 3)
+    assert [r["widths"][0] for r in cln.reports] == [4, 7, 10]
+    assert [r["latent"] for r in cln.reports] == [4, 10, 16]
+    assert cln.model.head.out_features == 6
+    assert cln.vae.classes.n_components == 6
+    assert cln.vae.encoder.conv13.out_channels == cln.model.conv13.out_channels
+    assert set(cln.reports[2]["synthesised"]) == {"0", "1", "2", "3"}
+    assert cln.old is None  # replay ends with its task
+
+
+def test_no_old_image_is_ever_read() -> None:
+    """Each task's loader works only while the task runs."""
+    now = {"task": 0}
+
+    def guarded(task: streams.Task) -> streams.Task:
+        def train() -> tuple[Tensor, Tensor]:
+            assert now["task"] == task.index, f"task {task.index} was read during task {now['task']}"
+            x, y = task.train()
+            return x.clone(), y
+
+        return replace(task, load_train=train)
+
+    stream = replace(STREAM, tasks=tuple(guarded(task) for task in STREAM.tasks))
+    cln = CLN.build(stream, **QUICK)
+    for task in stream.tasks[:3]:
+        now["task"] = task.index
+        cln.begin_task(task)
+        x, y = task.train()
+        cln.observe(x[:64], y[:64])
+        cln.end_task([(x, y)])
+        # nothing of the task's own images is kept: what is poisoned now would show in any later step
+        x.fill_(float("nan"))
+    assert all(p.isfinite().all() for p in cln.model.parameters())
+    assert all(p.isfinite().all() for p in cln.vae.parameters())
+    kept = [t for t in vars(cln).values() if isinstance(t, Tensor)]
+    assert not kept
+
+
+def test_synthesised_images_are_what_the_classifier_says_they_are() -> None:
+    cln = trained(STREAM, 1, 8, iterations=3, vae_steps=100)
+    (images, labels), shares = cln.synthesise([0, 1], 50)
+    assert images.dtype == torch.uint8
+    assert labels.bincount().tolist() == [50, 50]
+    assert min(shares.values()) > 0.3
+    found = cln.predict(images.float() / 255)
+    assert (found == labels).float().mean() > 0.9  # shifted repeats may differ
+
+
+def test_too_few_are_augmented() -> None:
+    x = torch.randint(0, 255, (3, 1, 8, 8), dtype=torch.uint8)
+    found = CLN._augmented(x, 10)
+    assert torch.equal(found[:3], x)
+    assert len(found) == 10
+
+
+def test_outliers_add_more_filters_than_the_fixed_number() -> None:
+    fixed, more = trained(STREAM, 2), trained(STREAM, 2, grow="outliers", rounds=2)
+    assert sum(more.reports[1]["widths"]) >= sum(fixed.reports[1]["widths"])
+
+
+def test_learns_more_than_the_last_task() -> None:
+    options = {"width": 8, "latent": 8, "iterations": 4, "vae_steps": 100, "replay": 150}
+    result = Run(Config("cln", tasks=5, epochs=8, options=options)).train()
+    assert result["average_accuracy"] > 0.4  # fine-tuning: 0.2
+
+
+def test_pictures(tmp_path: Path) -> None:
+    cln = trained(STREAM, 2)
+    cln.plot_growth(tmp_path / "growth.png")
+    cln.plot_generated(tmp_path / "generated.png")
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("growth.png", "generated.png"))
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ValueError, match="grow must be"):
+        CLN.build(STREAM, grow="always")
+    with pytest.raises(ValueError, match="replay is 0"):
+        CLN.build(STREAM, replay=0)
+    with pytest.raises(ValueError, match="multiples of 4"):
+        trained(replace(STREAM, input_shape=(1, 10, 10), tasks=STREAM.tasks), 1)
