@@ -73,6 +73,12 @@ def free_part(g, free):
 
 
 @triton.jit
+def share_gradient(p, i, left, free, aux, s, F: tl.constexpr, A: tl.constexpr, FULL: tl.constexpr):
+    """The body of g = g (1 - r)."""
+    store(p[0], i, free_part(load(p[0], i, left, A, FULL), free), left, FULL)
+
+
+@triton.jit
 def sqrt(x):
     if x.dtype == tl.float64:
         return tl.sqrt(x)

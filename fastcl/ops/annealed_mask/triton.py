@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _check
 from .._sweep import Mask, arithmetic, in_order, mask_of, sweep
-from .._triton import free_part, load, number, store, within
+from .._triton import free_part, load, number, share_gradient, store, within
 from .reference import ANALYTIC, LITERAL, NONE
 
 _ANALYTIC, _LITERAL = tl.constexpr(ANALYTIC), tl.constexpr(LITERAL)
@@ -187,7 +187,7 @@ def masked_weight_backward(
         grad_weight, grad_embedding = _by_units(weight, embedding, scale, grad, s_max, compensation)
         if reserved is not None:
             masks = [mask_of(reserved, None, grad_weight)]
-            sweep(_share, [[grad_weight]], written=1, masks=masks)
+            sweep(share_gradient, [[grad_weight]], written=1, masks=masks)
         return grad_weight, grad_embedding
     grad_weight, grad_embedding = torch.empty_like(weight), torch.empty_like(weight)
     sweep(
@@ -200,11 +200,6 @@ def masked_weight_backward(
         aux=[grad_kept],
     )
     return grad_weight, grad_embedding
-
-
-@triton.jit
-def _share(p, i, left, free, aux, s, F: tl.constexpr, A: tl.constexpr, FULL: tl.constexpr):
-    store(p[0], i, free_part(load(p[0], i, left, A, FULL), free), left, FULL)
 
 
 def mask_sparsity(masks: list[Tensor], reserved: list[Tensor]) -> Tensor:

@@ -10,12 +10,7 @@ from torch import Tensor
 
 from .. import _check
 from .._sweep import Mask, mask_of, sweep
-from .._triton import free_part, load, number, raw, sqrt, store, store_free
-
-
-@triton.jit
-def _mask(p, i, left, free, aux, s, F: tl.constexpr, A: tl.constexpr, FULL: tl.constexpr):
-    store(p[0], i, free_part(load(p[0], i, left, A, FULL), free), left, FULL)
+from .._triton import free_part, load, number, raw, share_gradient, sqrt, store, store_free
 
 
 @triton.jit
@@ -84,7 +79,7 @@ def masked_grad_(grads: list[Tensor], reserved: list[Tensor]) -> None:
 
 
 def masked_grad_any_(grads: list[Tensor], reserved: list[Tensor], columns: list[Tensor]) -> None:
-    sweep(_mask, [grads], written=1, masks=_masks(grads, reserved, columns))
+    sweep(share_gradient, [grads], written=1, masks=_masks(grads, reserved, columns))
 
 
 def pack_mask(mask: Tensor) -> Tensor:
