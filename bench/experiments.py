@@ -215,6 +215,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--data-root", default=os.environ.get("FASTCL_DATA", HERE.parent.parent / "shared/data/mnist"))
+    parser.add_argument("--only", default="", help="run only what has this in its scenario or label")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2))
     arguments = parser.parse_args()
     experiments = list(TABLES[arguments.table]())
@@ -224,7 +225,8 @@ def main() -> None:
     for n in range(max(e.seeds for e in experiments)):  # one seed of everything before the next
         for e in experiments:
             seed = 100 + n if arguments.table == "strengths" else n
-            if n < e.seeds and e.key(seed) not in done:
+            chosen = arguments.only in e.scenario or arguments.only in e.label
+            if chosen and n < e.seeds and e.key(seed) not in done:
                 config = {"method": e.method, "setting": e.setting, "scenario": e.scenario, "options": e.options}
                 jobs.append((e.key(seed), {**config, **e.rest, "seed": seed}, str(arguments.data_root)))
     # spawned: torch's OpenMP threads do not survive a fork

@@ -61,7 +61,7 @@ class CLN(Method):
         iterations: int = 4,
         vae_epochs: int = 3,
         vae_steps: int = 150,
-        tune_epochs: int = 3,
+        tune_epochs: int = 2,
         beta: float = 0.1,
         vae_lr: float = 1e-3,
         nflae_steps: int = 60,
@@ -263,7 +263,7 @@ class CLN(Method):
 
     def _tune(self, x: Tensor, y: Tensor) -> None:
         known = torch.tensor(self.classes, device=y.device)
-        optimizer = torch.optim.Adam(self.model.parameters(), 0.3 * self.lr)
+        optimizer = torch.optim.Adam(self.model.parameters(), self.lr)
         self.model.train()
         for _ in range(self.tune_epochs):
             for part in torch.randperm(len(x)).split(128):
