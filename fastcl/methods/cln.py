@@ -155,15 +155,15 @@ class CLN(Method):
                     break
             x = torch.cat(kept)[:each]
             if len(x) < each:
-                x = self._augmented(x if len(x) else self.vae_images(c, each), each)
+                x = self._augmented(x if len(x) else self._unfiltered(c, each), each)
             images.append(x)
             labels.append(torch.full((each,), c, device=self._device))
             shares[str(c)] = found / tried
         self.model.train(training)
         return (torch.cat(images), torch.cat(labels)), shares
 
-    def vae_images(self, c: int, n: int) -> Tensor:
-        """Unfiltered: the classifier recognises none of class c."""
+    def _unfiltered(self, c: int, n: int) -> Tensor:
+        """For a class of which the classifier recognises no image."""
         return (self.vae.sample(torch.full((n,), self._component(c), device=self._device)) * 255).round().byte()
 
     @staticmethod

@@ -246,7 +246,9 @@ class DEN(ByTask):
         """Eq. 6, the drifted units twice, eq. 6 again."""
         self._before = self._padded(self._before)
         old = [s < t for s in self.stamps]
-        chosen = [self._pad(s) | ~o for s, o in zip(self._selected, old, strict=True)]
+        chosen = [~o for o in old]  # the task's own units, and the old ones that alg. 2 selected
+        for c, selected in zip(chosen, self._selected, strict=True):
+            c[: len(selected)] |= selected.cpu()
         self._stage(self._free(chosen, chosen), pull=self.drift)
         self._fit(x, y, self.split_epochs)
         weights = [layer.weight.detach() for layer in self.layers[:-1]]
@@ -319,10 +321,6 @@ class DEN(ByTask):
             if any(p is own for own in self.layers[-1].parameters()):
                 value[rows] = p.detach()[rows]
         return found
-
-    def _pad(self, selected: Tensor) -> Tensor:
-        i = next(i for i, s in enumerate(self._selected) if s is selected)
-        return torch.cat([selected.cpu(), torch.zeros(len(self.stamps[i]) - len(selected), dtype=torch.bool)])
 
     # ---- what came of it ----
 
