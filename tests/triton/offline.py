@@ -22,6 +22,8 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
+from fastcl.ops import _sweep
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -124,6 +126,7 @@ class CompileFor:
         def record(kernel: Any) -> Any:
             return lambda *launch: kept.kernels.setdefault(kernel.hash, kernel)
 
+        _sweep._prepared.clear()  # keyed by addresses, which come back: made for another target, their warps are wrong
         self.saved = driver._active, CompiledKernel.run, CompiledKernel._init_handles, torch.version.hip
         driver.set_active(Absent())
         CompiledKernel.run = property(record)
