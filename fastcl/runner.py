@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from . import __version__, checkpoint, metrics, streams
-from .methods import METHODS, Method
+from .methods import METHODS, Generative, Method
+from .nn import mlp
 
 # epochs, batch size and hidden widths that suit each data set; MNIST's are Hsu et al. 2018's
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -54,7 +55,8 @@ class Config:
         if self.data not in DEFAULTS:
             raise ValueError(f"data is {self.data!r} but must be one of {', '.join(DEFAULTS)}")
         default = DEFAULTS[self.data]
-        epochs = default["epochs"] if self.epochs is None else self.epochs
+        usual = METHODS[self.method].epochs.get(self.data, default["epochs"])
+        epochs = usual if self.epochs is None else self.epochs
         batch_size = default["batch_size"] if self.batch_size is None else self.batch_size
         for name, value in (("epochs", epochs), ("batch_size", batch_size)):
             if value < 1:
@@ -90,8 +92,9 @@ class Run:
         self.stream = streams.make(streams.load(c.data, c.data_root), c.scenario, c.setting, c.tasks, c.seed)
         method = METHODS[c.method]
         options = {"seed": c.seed, "lr": c.lr, **c.options}
-        if "hidden" in inspect.signature(method.build).parameters:
-            options = {"hidden": DEFAULTS[c.data]["hidden"], **options}
+        taken = {**inspect.signature(method.__init__).parameters, **inspect.signature(method.build).parameters}
+        own = {"hidden": DEFAULTS[c.data]["hidden"], "epochs": c.epochs}
+        options = {**{name: value for name, value in own.items() if name in taken}, **options}
         self.learner: Method = method.build(self.stream, **options)
         self.learner.model.to(c.device)
         self.shuffle = torch.Generator().manual_seed(c.seed)
@@ -179,6 +182,28 @@ class Run:
         self.shuffle.set_state(state["shuffle"])
         torch.set_rng_state(state["rng"])
 
+    def _acc_generated(self, images: int = 1000) -> float | None:
+        """How often a classifier trained on the stream's real data names the generated images as they are meant.
+
+        The evaluator's own: an MLP trained on all tasks at once. None for methods that generate nothing, and in streams
+        where one image has several right answers.
+        """
+        if not isinstance(self.learner, Generative) or self.config.scenario != "split":
+            return None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            x, y = (torch.cat(part) for part in zip(*(task.train() for task in self.stream.tasks), strict=True))
+            judge = mlp(self.stream.input_shape, (256,), self.stream.n_outputs)
+            optimizer = torch.optim.Adam(judge.parameters(), 1e-3)
+            for _ in range(max(2, 120_000 // len(x))):
+                for part in torch.randperm(len(x)).split(128):
+                    optimizer.zero_grad()
+                    torch.nn.functional.cross_entropy(judge(x[part]), y[part]).backward()
+                    optimizer.step()
+            made, meant = (t.cpu() for t in self.learner.generate(images))
+            with torch.no_grad():
+                return float((judge(made).argmax(1) == meant).float().mean())
+
     def _result(self, seconds: float) -> dict[str, Any]:
         c = self.config
         return {
@@ -195,7 +220,7 @@ class Run:
             "forward_transfer": None
             if c.setting == "class"
             else metrics.forward_transfer(self.accuracy, self.untrained),
-            "acc_generated": None,
+            "acc_generated": self._acc_generated(),
             "parameters": sum(p.numel() for p in self.learner.model.parameters()),
             "seconds": seconds,
             "epochs": c.epochs,

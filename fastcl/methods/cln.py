@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..nn import GaussianVAE, SimpleNet, grow, learn_features, plot_growth, plot_images
-from .method import Batches, Method
+from .method import Batches, Generative, Method
 
 if TYPE_CHECKING:
     from ..streams import Stream, Task
 
 
-class CLN(Method):
+class CLN(Generative):
     """Continual learning with neurogenesis (Draelos et al. 2017, Neurogenesis deep learning, and the seed's algorithm).
 
     For a new task: (1) images of the old classes are synthesised by the VAE from each class's Gaussian, and those kept

@@ -7,7 +7,8 @@ time ``predict(x, task=None)``. ``state_dict()`` holds everything needed to cont
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..importance import Regulariser
-from ..nn import mlp
+from ..nn import mlp, plot_images
 
 if TYPE_CHECKING:
     from ..streams import Stream, Task
@@ -38,6 +39,7 @@ class Method:
     paper: ClassVar[str]
     seed: ClassVar[str]  # the document that names it
     settings: ClassVar[tuple[str, ...]] = ("task", "domain", "class")
+    epochs: ClassVar[Mapping[str, int]] = {}  # of data sets on which the usual number is not the method's
 
     def __init__(
         self, model: nn.Module, *, setting: str = "class", lr: float = 1e-3, optimizer: MakeOptimizer | None = None
@@ -174,6 +176,25 @@ class Regularised(Method):
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         self.regulariser.load_state_dict(state)
+
+
+class Generative(Method):
+    """A method that can show what it remembers; :meth:`generate` is also what `acc_generated` is measured on."""
+
+    shown: list[Tensor]  # a few generated images after each task
+
+    def generate(self, n: int) -> tuple[Tensor, Tensor]:
+        """n images in [0, 1] of what was seen so far, and the output unit that each is meant to be [n]."""
+        raise NotImplementedError
+
+    def plot_generated(self, path: str | Path) -> None:
+        """The generated images after each task."""
+        plot_images({f"after task {t + 1}": x.float() for t, x in enumerate(self.shown)}, path)
+
+    def _evenly(self, n: int) -> Tensor:
+        """n output units, all seen so far alike often, sorted."""
+        seen = torch.tensor(sorted({c for task in self.tasks for c in task}))
+        return seen[torch.arange(n) * len(seen) // n]
 
 
 class ByTask(Method):

@@ -1,8 +1,19 @@
 """Networks and layers: whatever holds parameters."""
 
 from .convert import capacity, plot_capacity, reserved_masks, to_masked, to_plain
+from .dynamic import DynamicGenerator
+from .gan import (
+    DCGAN,
+    WGAN,
+    ConditionalBatchNorm2d,
+    Discriminator,
+    class_loss,
+    critic_loss,
+    fixed_statistics,
+    frozen,
+)
 from .grow import grow, reindex, shrink
-from .growth import plot_growth, plot_images
+from .growth import plot_growth, plot_images, plot_size
 from .masked import (
     MaskedConv1d,
     MaskedConv2d,
@@ -23,11 +34,17 @@ from .nflae import learn_features
 from .plan import Plan, trace
 from .schedules import dgm_scale, hat_scale
 from .simplenet import SimpleNet
-from .vae import VAE, GaussianVAE
+from .vae import VAE, ConditionalVAE, GaussianVAE
 
 __all__ = [
+    "DCGAN",
     "VAE",
+    "WGAN",
+    "ConditionalBatchNorm2d",
+    "ConditionalVAE",
     "ConvergenceWarning",
+    "Discriminator",
+    "DynamicGenerator",
     "GaussianMixture",
     "GaussianVAE",
     "MaskedConv1d",
@@ -40,8 +57,12 @@ __all__ = [
     "SimpleNet",
     "begin_task",
     "capacity",
+    "class_loss",
+    "critic_loss",
     "dgm_scale",
     "end_task",
+    "fixed_statistics",
+    "frozen",
     "grow",
     "hat_scale",
     "learn_features",
@@ -50,6 +71,7 @@ __all__ = [
     "plot_capacity",
     "plot_growth",
     "plot_images",
+    "plot_size",
     "reindex",
     "reserved_masks",
     "set_scale",

@@ -36,6 +36,26 @@ def plot_growth(units: Mapping[str, Sequence[Sequence[int]]], path: str | Path) 
     plt.close(figure)
 
 
+def plot_size(sizes: Mapping[str, Sequence[int]], path: str | Path) -> None:
+    """A network's units after each task (DGM's figure 2), and the worst case beside: its first size for every task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(5.2, 3.8), layout="constrained")
+    for name, values in sizes.items():
+        tasks = range(len(values))
+        (line,) = axis.plot(tasks, values, marker="o", markersize=4, label=name)
+        worst = [values[0] * (t + 1) for t in tasks]
+        axis.plot(tasks, worst, "--", color=line.get_color(), alpha=0.5, label=f"{name}, worst case")
+    axis.set(xlabel="tasks learned", ylabel="channels of the generator", ylim=(0, None))
+    axis.legend(frameon=False, fontsize="small")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def plot_images(rows: Mapping[str, Tensor], path: str | Path, columns: int = 10) -> None:
     """Grids of images [N, 1 or 3, H, W] in [0, 1], `columns` side by side, a panel for each title."""
     import matplotlib

@@ -39,10 +39,14 @@ class VAE(nn.Module):
 
     def loss(self, x: Tensor) -> Tensor:
         """Mean over the batch of reconstruction and KL, in nats."""
-        h = self.encoder(x)
+        return self._elbo(x, self.encoder(x), x.new_empty(len(x), 0))
+
+    def _elbo(self, x: Tensor, h: Tensor, told: Tensor) -> Tensor:
+        """From the encoder's features h; `told` is what the decoder gets beside z."""
         mean, log_var = self.mean(h), self.log_var(h)
         z = mean + torch.randn_like(mean) * (0.5 * log_var).exp()
-        reconstruction = F.binary_cross_entropy_with_logits(self.decoder(z), x.flatten(1), reduction="sum")
+        logits = self.decoder(torch.cat([z, told], 1))
+        reconstruction = F.binary_cross_entropy_with_logits(logits, x.flatten(1), reduction="sum")
         divergence = -0.5 * (1 + log_var - mean.square() - log_var.exp()).sum()
         return (reconstruction + divergence) / len(x)
 
@@ -51,6 +55,39 @@ class VAE(nn.Module):
         """n images in [0, 1]."""
         z = torch.randn(n, self.mean.out_features, device=self.mean.weight.device)
         return self.decoder(z).sigmoid().view(n, *self.input_shape)
+
+
+class ConditionalVAE(VAE):
+    r"""A :class:`VAE` that is told the class: one-hot beside the encoder's features and beside z (Sohn et al. 2015).
+
+    Args:
+        input_shape, hidden, latent: as for :class:`VAE`.
+        n_classes: K.
+
+    Example:
+        >>> fastcl.nn.ConditionalVAE((1, 28, 28), 10).sample(torch.tensor([3, 7])).shape
+        torch.Size([2, 1, 28, 28])
+    """
+
+    def __init__(
+        self, input_shape: Sequence[int], n_classes: int, hidden: Sequence[int] = (400, 400), latent: int = 100
+    ) -> None:
+        super().__init__(input_shape, hidden, latent)
+        self.n_classes = n_classes
+        self.mean, self.log_var = (nn.Linear(hidden[-1] + n_classes, latent) for _ in range(2))
+        self.decoder = mlp((latent + n_classes,), tuple(reversed(hidden)), math.prod(input_shape))
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+        """As :meth:`VAE.loss`; y are the classes [N]."""
+        told = F.one_hot(y, self.n_classes).to(x.dtype)
+        return self._elbo(x, torch.cat([self.encoder(x), told], 1), told)
+
+    @torch.no_grad()
+    def sample(self, y: Tensor) -> Tensor:  # type: ignore[override]
+        """An image in [0, 1] of each class y [N]."""
+        z = torch.randn(len(y), self.mean.out_features, device=self.mean.weight.device)
+        told = F.one_hot(y.to(z.device), self.n_classes).to(z.dtype)
+        return self.decoder(torch.cat([z, told], 1)).sigmoid().view(len(y), *self.input_shape)
 
 
 class GaussianVAE(nn.Module):
