@@ -10,6 +10,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -133,6 +134,25 @@ def neurogenesis() -> Iterator[Experiment]:
     yield Experiment("joint", "joint", "class", seeds=3)
 
 
+def generative() -> Iterator[Experiment]:
+    """One class a task: generative memories beside fine-tuning and joint training. Batches of 64, 8 epochs."""
+    rest = {"tasks": 10, "batch_size": 64}
+    for label, method, options, seeds in (
+        ("DGMw", "dgm-w", {}, 3),
+        ("DGMa", "dgm-a", {}, 3),
+        ("MeRGAN, joint retraining", "mergan-joint", {}, 1),
+        ("MeRGAN, replay alignment", "mergan-align", {}, 1),
+        ("DGR (VAE)", "dgr", {}, 3),
+        ("DGR (conditional VAE)", "dgr", {"generator": "cvae"}, 3),
+        ("DGR (WGAN-GP)", "dgr", {"generator": "gan"}, 1),
+        ("DGR, noise", "dgr", {"replay": "noise"}, 3),
+        ("fine-tuning", "finetune", {}, 3),
+        ("joint", "joint", {}, 1),
+    ):
+        epochs = {} if method.startswith(("dgm", "mergan")) else {"epochs": 1 if method == "joint" else 4}
+        yield Experiment(label, method, "class", "split", options, {**rest, **epochs}, seeds)
+
+
 CLN = {"replay": 2000, "sample": 2000, "iterations": 4, "vae_epochs": 4}
 
 TABLES: dict[str, Callable[[], Iterator[Experiment]]] = {
@@ -142,7 +162,10 @@ TABLES: dict[str, Callable[[], Iterator[Experiment]]] = {
     "masks": masks,
     "growth": growth,
     "neurogenesis": neurogenesis,
+    "generative": generative,
 }
+# accuracy over the classes seen after so many tasks, a column each
+AFTER = {"neurogenesis": (1, 2, 3, 4, 5), "generative": (5, 10)}
 
 
 def run(job: tuple[str, dict[str, Any], str]) -> dict[str, Any]:
@@ -159,13 +182,14 @@ def run(job: tuple[str, dict[str, Any], str]) -> dict[str, Any]:
         }
     learner = Run(Config(data="mnist", data_root=data_root, **arguments))
     result = learner.train()
-    kept = ("average_accuracy", "forgetting", "accuracy", "parameters", "seconds", "versions")
+    kept = ("average_accuracy", "forgetting", "accuracy", "acc_generated", "parameters", "seconds", "versions")
     line = {"key": key, **{name: result[name] for name in kept}}
     if hasattr(learner.learner, "parameters_used"):
         line["parameters"] = learner.learner.parameters_used()
-    for picture in ("plot_growth", "plot_generated"):
-        if hasattr(learner.learner, picture) and arguments["seed"] == 0:
-            name = f"{arguments['method']}-{arguments['scenario']}-{picture.removeprefix('plot_')}.png"
+    for picture in ("plot_growth", "plot_generated", "plot_occupancy"):
+        if hasattr(learner.learner, picture) and arguments["seed"] == 0 and arguments["method"] != "hat":
+            label = re.sub(r"[^a-z]+", "-", json.loads(key)["label"].lower()).strip("-")
+            name = f"{label}-{arguments['scenario']}-{picture.removeprefix('plot_')}.png"
             getattr(learner.learner, picture)(RESULTS / name)
     return line
 
@@ -252,15 +276,18 @@ def table(name: str, experiments: list[Experiment], done: dict[str, dict[str, An
         f"`python bench/experiments.py {name}`: real MNIST, means over seeds (± standard deviation).",
     ]
     text += ["Average accuracy over all tasks after the last one, forgetting as in Chaudhry et al. 2018.", described]
+    if name in AFTER:
+        text.append("After t: accuracy on real test images of the classes seen so far; of generated: how often a classifier")
+        text.append("trained on real data names 1000 generated images as they are meant. Pictures: seed 0's, beside this file.")
     groups: dict[tuple[str, str], list[Experiment]] = {}
     for e in experiments:
         groups.setdefault((e.scenario, e.setting), []).append(e)
     for (scenario, setting), rows in groups.items():
         text += ["", f"## {scenario} MNIST, {setting} setting", ""]
-        text += [
-            "| method | options | accuracy | forgetting | parameters | seconds | seeds |",
-            "|---|---|---|---|---|---|---|",
-        ]
+        after = AFTER.get(name, ())
+        more = [*(f"after {t}" for t in after), *(["of generated"] if after else [])]
+        head = ["method", "options", *more, "accuracy", "forgetting", "parameters", "seconds", "seeds"]
+        text += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for e in rows:
             lines = [done[k] for k in (e.key(first + n) for n in range(e.seeds)) if k in done]
             if not lines:
@@ -268,11 +295,13 @@ def table(name: str, experiments: list[Experiment], done: dict[str, dict[str, An
             options = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in e.options.items())
             accuracy, forgetting = ([100 * x[c] for x in lines] for c in ("average_accuracy", "forgetting"))
             seconds, parameters = (statistics.mean(x[c] for x in lines) for c in ("seconds", "parameters"))
-            row = (
-                f"| {e.label} | {options} | {spread(accuracy)} | {spread(forgetting)} | {parameters:,.0f} "
-                f"| {seconds:.0f} | {len(lines)} |"
-            )
-            text.append(row)
+            cells = [e.label, options]
+            cells += [spread([100 * statistics.mean(x["accuracy"][t - 1][:t]) for x in lines]) for t in after]
+            if after:
+                made = [100 * x["acc_generated"] for x in lines if x.get("acc_generated") is not None]
+                cells.append(spread(made) if made else "")
+            cells += [spread(accuracy), spread(forgetting), f"{parameters:,.0f}", f"{seconds:.0f}", str(len(lines))]
+            text.append(f"| {' | '.join(cells)} |")
     return "\n".join(text) + "\n"
 
 

@@ -58,7 +58,7 @@ def run(
     tasks: Annotated[int | None, typer.Option(help="Number of tasks.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs a task.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples a step.")] = None,
-    lr: Annotated[float, typer.Option(help="Adam's learning rate.")] = 1e-3,
+    lr: Annotated[float | None, typer.Option(help="Adam's learning rate; the method's own if left out.")] = None,
     seed: Annotated[int, typer.Option(help="Of weights, order and permutations.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,

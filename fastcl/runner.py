@@ -39,7 +39,7 @@ class Config:
     tasks: int | None = None
     epochs: int | None = None
     batch_size: int | None = None
-    lr: float = 1e-3
+    lr: float | None = None
     seed: int = 0
     device: str = "cpu"
     options: dict[str, Any] = field(default_factory=dict)
@@ -57,6 +57,7 @@ class Config:
         default = DEFAULTS[self.data]
         usual = METHODS[self.method].epochs.get(self.data, default["epochs"])
         epochs = usual if self.epochs is None else self.epochs
+        lr = METHODS[self.method].usual_lr if self.lr is None else self.lr
         batch_size = default["batch_size"] if self.batch_size is None else self.batch_size
         for name, value in (("epochs", epochs), ("batch_size", batch_size)):
             if value < 1:
@@ -66,7 +67,7 @@ class Config:
         except (RuntimeError, AssertionError) as error:
             reason = str(error).split("\n", 1)[0]
             raise ValueError(f"device is {self.device!r} but cannot be used here: {reason}") from None
-        return Config(**{**asdict(self), "epochs": epochs, "batch_size": batch_size})
+        return Config(**{**asdict(self), "epochs": epochs, "batch_size": batch_size, "lr": lr})
 
 
 class Run:

@@ -54,7 +54,8 @@ class DGM(Generative):
     seed = "dynamic-generative-memory"
     settings = ("class",)
     mask: ClassVar[str]
-    epochs: ClassVar[dict[str, int]] = {"digits": 40, "mnist": 8}
+    usual_lr = 2e-3
+    epochs: ClassVar[dict[str, int]] = {"digits": 20, "mnist": 8}
 
     def __init__(
         self,
@@ -76,7 +77,7 @@ class DGM(Generative):
         if epochs < 1:
             raise ValueError(f"epochs is {epochs} but must be at least 1")
         dgm_scale(0, 1, 0, 1, s_max, schedule)  # raises what is wrong with them
-        self.lr, self.betas = options.get("lr", 2e-3), tuple(betas)
+        self.lr, self.betas = options.setdefault("lr", self.usual_lr), tuple(betas)
         if options.get("optimizer") is not None:
             raise ValueError("optimizer must be left out: DGM trains with MaskedAdam, made anew for every task")
         options["optimizer"] = self._adam
@@ -96,16 +97,16 @@ class DGM(Generative):
         stream: Stream,
         *,
         width: int | None = None,
-        discriminator_width: int = 32,
+        discriminator_width: int = 16,
         latent: int = 128,
         mask_position: str = "activation",
         s_max: float | None = None,
         strength: float | None = None,
-        lr: float = 2e-3,
         seed: int = 0,
         **options: Any,
     ) -> Method:
-        """The paper's networks; `width` is the generator's w (6 for dgm-w, 20 for dgm-a)."""
+        """The paper's networks; `width` is the generator's w (6 for dgm-w, 20 for dgm-a). The discriminator's
+        is 32 in the paper: half is four times faster and enough for MNIST."""
         weights = cls.mask == "weight"
         s_max = (1e4 if weights else 1e5) if s_max is None else s_max
         strength = (0.08 if weights else 0.01) if strength is None else strength
@@ -116,7 +117,7 @@ class DGM(Generative):
             generator = DynamicGenerator(
                 stream.input_shape, stream.n_outputs, cls.mask, width, latent, s_max, mask_position
             )
-        return cls(model, generator, s_max=s_max, strength=strength, lr=lr, setting=stream.setting, **options)
+        return cls(model, generator, s_max=s_max, strength=strength, setting=stream.setting, **options)
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)

@@ -39,6 +39,7 @@ class Method:
     paper: ClassVar[str]
     seed: ClassVar[str]  # the document that names it
     settings: ClassVar[tuple[str, ...]] = ("task", "domain", "class")
+    usual_lr: ClassVar[float] = 1e-3
     epochs: ClassVar[Mapping[str, int]] = {}  # of data sets on which the usual number is not the method's
 
     def __init__(

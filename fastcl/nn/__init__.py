@@ -1,6 +1,7 @@
 """Networks and layers: whatever holds parameters."""
 
 from .convert import capacity, plot_capacity, reserved_masks, to_masked, to_plain
+from .distill import distillation
 from .dynamic import DynamicGenerator
 from .gan import (
     DCGAN,
@@ -32,6 +33,7 @@ from .mixture import ConvergenceWarning, GaussianMixture
 from .mlp import mlp
 from .nflae import learn_features
 from .plan import Plan, trace
+from .replay import Exemplars, Replay, herd, make_generator
 from .schedules import dgm_scale, hat_scale
 from .simplenet import SimpleNet
 from .vae import VAE, ConditionalVAE, GaussianVAE
@@ -45,6 +47,7 @@ __all__ = [
     "ConvergenceWarning",
     "Discriminator",
     "DynamicGenerator",
+    "Exemplars",
     "GaussianMixture",
     "GaussianVAE",
     "MaskedConv1d",
@@ -54,18 +57,22 @@ __all__ = [
     "MaskedLayer",
     "MaskedLinear",
     "Plan",
+    "Replay",
     "SimpleNet",
     "begin_task",
     "capacity",
     "class_loss",
     "critic_loss",
     "dgm_scale",
+    "distillation",
     "end_task",
     "fixed_statistics",
     "frozen",
     "grow",
     "hat_scale",
+    "herd",
     "learn_features",
+    "make_generator",
     "masked_layers",
     "mlp",
     "plot_capacity",

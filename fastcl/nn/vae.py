@@ -189,6 +189,17 @@ class GaussianVAE(nn.Module):
         z = self.classes.sample_of(classes, generator=generator)
         return torch.cat([self.decode(part) for part in z.split(1024)])
 
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """What is decoded of z ~ q(z|x), in eval mode."""
+        training = self.training
+        self.eval()
+        try:
+            mean, log_var = self.encode(x)
+            return self.decode(mean + torch.randn_like(mean) * (0.5 * log_var).exp())
+        finally:
+            self.train(training)
+
     def grow_latent(self, n: int) -> None:
         """n more latent dimensions: what is decoded stays; the classes' Gaussians are standard there."""
         grow(self, {"mean": n, "log_var": n}, plan={"mean": ("decoder.0",), "log_var": ()})
