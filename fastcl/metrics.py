@@ -47,6 +47,18 @@ def forgetting(accuracy: Matrix) -> float:
     return float(np.mean([r[j : t - 1, j].max() - r[-1, j] for j in range(t - 1)]))
 
 
+def lost_per_hop(accuracy: Matrix) -> list[float]:
+    r"""Accuracy lost h tasks later, h = 1 to T - 1: the mean of :math:`R_{j,j}-R_{j+h,j}` over j.
+
+    Example:
+        >>> lost_per_hop([[1.0, 0.0], [0.75, 0.9]])
+        [0.25]
+    """
+    r = accuracy_matrix(accuracy)
+    t = len(r)
+    return [float(np.mean([r[j, j] - r[j + h, j] for j in range(t - h)])) for h in range(1, t)]
+
+
 def backward_transfer(accuracy: Matrix) -> float:
     r"""BWT :math:`= \frac1{T-1}\sum_{j<T} (R_{T,j}-R_{j,j})` (Lopez-Paz and Ranzato 2017); 0 for one task.
 

@@ -223,6 +223,7 @@ class Run:
             else metrics.forward_transfer(self.accuracy, self.untrained),
             "acc_generated": self._acc_generated(),
             "parameters": sum(p.numel() for p in self.learner.model.parameters()),
+            "memory": self.learner.memory(),
             "seconds": seconds,
             "epochs": c.epochs,
             "batch_size": c.batch_size,

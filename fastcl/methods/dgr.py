@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ class DGR(Generative):
     name = "dgr"
     paper = "Shin et al. 2017, Continual learning with deep generative replay"
     seed = "generative-memory"
+    epochs: ClassVar[dict[str, int]] = {"digits": 40}
     TEMPERATURE = 2.0
 
     def __init__(
@@ -68,14 +69,15 @@ class DGR(Generative):
         hidden: tuple[int, ...] = (400, 400),
         latent: int = 100,
         generator: str = "vae",
+        beta: float | None = None,
         seed: int = 0,
         **options: Any,
     ) -> Method:
-        """`generator`: vae, cvae (conditional) or gan (WGAN-GP)."""
+        """`generator`: vae, cvae (conditional) or gan (WGAN-GP); `beta` as for :func:`fastcl.nn.make_generator`."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = mlp(stream.input_shape, hidden, stream.n_outputs)
-            made = make_generator(generator, stream.input_shape, stream.n_outputs, hidden, latent)
+            made = make_generator(generator, stream.input_shape, stream.n_outputs, hidden, latent, beta)
         return cls(model, made, setting=stream.setting, **options)
 
     def begin_task(self, task: Task) -> None:

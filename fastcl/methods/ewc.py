@@ -34,5 +34,5 @@ class EWC(Regularised):
         super().__init__(model, **options)
         self.regulariser = importance.EWC(model, strength, form, kind, gamma)
 
-    def end_task(self, batches: Batches) -> None:
+    def consolidate(self, batches: Batches) -> None:
         self.regulariser.consolidate(batches, classes=self.classes)

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from .method import Method
+from .method import Method, entropy_within_tasks
 
 if TYPE_CHECKING:
     from ..streams import Task
@@ -48,10 +47,4 @@ class Joint(Method):
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         if self.setting != "task":
             return super().loss(x, y)
-        logits = self.model(x)
-        # -inf outside the sample's own task: the softmax then runs over that task's outputs only
-        own = torch.zeros(logits.shape[1], logits.shape[1], dtype=torch.bool, device=x.device)
-        for task in self.tasks:
-            rows = torch.tensor(task, device=x.device)
-            own[rows.unsqueeze(1), rows] = True
-        return F.cross_entropy(logits.masked_fill(~own[y], float("-inf")), y)
+        return entropy_within_tasks(self.model(x), y, self.tasks)

@@ -34,5 +34,5 @@ class MAS(Regularised):
         super().__init__(model, **options)
         self.regulariser = importance.MAS(model, strength, merge, half=half, output=output)
 
-    def end_task(self, batches: Batches) -> None:
+    def consolidate(self, batches: Batches) -> None:
         self.regulariser.consolidate(batches)

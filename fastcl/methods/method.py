@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..importance import Regulariser
-from ..nn import mlp, plot_images
+from ..nn import Exemplars, mlp, plot_images
 
 if TYPE_CHECKING:
     from ..streams import Stream, Task
@@ -157,6 +157,10 @@ class Method:
         self.tasks = [tuple(task) for task in state["tasks"]]
         self.load_extra_state(state["extra"])
 
+    def memory(self) -> int:
+        """Bytes that are kept of the past beside the network: importances, anchors, old networks, samples, masks."""
+        return _bytes({k: v for k, v in self.extra_state().items() if k not in ("shown", "reports")})
+
     def extra_state(self) -> dict[str, Any]:
         return {}
 
@@ -165,18 +169,61 @@ class Method:
 
 
 class Regularised(Method):
-    """A method that is its regulariser: `self.regulariser` adds its gradients in every step and keeps its state."""
+    """A method that is its regulariser: `self.regulariser` adds its gradients in every step and keeps its state.
+
+    Args:
+        budget: of stored samples, at random and every class alike many; with any, each step trains on as many of them
+            as there are new ones (EWC-S, SI-S, RWalk-S in the tables of Chaudhry et al. 2018 and DGM).
+    """
 
     regulariser: Regulariser
+
+    def __init__(self, model: nn.Module, *, budget: int = 0, **options: Any) -> None:
+        super().__init__(model, **options)
+        self.exemplars = Exemplars(budget)
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        if not len(self.exemplars):
+            return super().loss(x, y)
+        old, classes = self.exemplars.draw(len(x))
+        x, y = torch.cat([x, old]), torch.cat([y, classes])
+        if self.setting == "task":
+            return entropy_within_tasks(self.model(x), y, self.tasks)
+        known = torch.tensor(self.classes, device=y.device)
+        return F.cross_entropy(self.model(x)[:, known], torch.searchsorted(known, y))
 
     def regularise(self) -> Tensor:
         return self.regulariser.add_gradients()
 
+    def consolidate(self, batches: Batches) -> None:
+        """The regulariser's, at the end of a task."""
+        raise NotImplementedError
+
+    def end_task(self, batches: Batches) -> None:
+        if not self.exemplars.budget:
+            self.consolidate(batches)
+            return
+        batches = list(batches)
+        self.consolidate(batches)
+        x, y = (torch.cat(part) for part in zip(*batches, strict=True))
+        self.exemplars.add(x, y, task=len(self.tasks) - 1)
+
     def extra_state(self) -> dict[str, Any]:
-        return self.regulariser.state_dict()
+        return {"regulariser": self.regulariser.state_dict(), "exemplars": self.exemplars.state_dict()}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        self.regulariser.load_state_dict(state)
+        self.regulariser.load_state_dict(state["regulariser"])
+        self.exemplars.load_state_dict(state["exemplars"], next(self.model.parameters()).device)
+
+
+def entropy_within_tasks(logits: Tensor, y: Tensor, tasks: Sequence[Sequence[int]]) -> Tensor:
+    """Cross-entropy where every sample competes among its own task's outputs."""
+    # -inf outside the sample's own task: the softmax then runs over that task's outputs only
+    own = torch.zeros(logits.shape[1], logits.shape[1], dtype=torch.bool, device=y.device)
+    for task in tasks:
+        rows = torch.tensor(list(task), device=y.device)
+        own[rows.unsqueeze(1), rows] = True
+    return F.cross_entropy(logits.masked_fill(~own[y], float("-inf")), y)
 
 
 class Generative(Method):
@@ -231,3 +278,12 @@ class ByTask(Method):
             best = torch.where(nearer, entropy, best)
             found = torch.where(nearer, torch.tensor(classes, device=x.device)[log_p.argmax(1)], found)
         return found
+
+
+def _bytes(state: Any) -> int:
+    """Of all tensors in nested dicts and lists, but for optimizers' states."""
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    if isinstance(state, dict):
+        return sum(_bytes(v) for k, v in state.items() if "optimizer" not in str(k))
+    return sum(map(_bytes, state)) if isinstance(state, (list, tuple)) else 0

@@ -26,5 +26,5 @@ class RWalk(Regularised):
         super().__init__(model, **options)
         self.regulariser = importance.RWalk(model, strength, self.optimizer, alpha, delta_t)
 
-    def end_task(self, batches: Batches) -> None:
+    def consolidate(self, batches: Batches) -> None:
         self.regulariser.consolidate()

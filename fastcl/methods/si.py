@@ -24,5 +24,5 @@ class SI(Regularised):
         super().__init__(model, **options)
         self.regulariser = importance.SI(model, strength, self.optimizer, xi)
 
-    def end_task(self, batches: Batches) -> None:
+    def consolidate(self, batches: Batches) -> None:
         self.regulariser.consolidate()

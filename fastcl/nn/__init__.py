@@ -1,5 +1,6 @@
 """Networks and layers: whatever holds parameters."""
 
+from .bridge import Bridge, compose
 from .convert import capacity, plot_capacity, reserved_masks, to_masked, to_plain
 from .distill import distillation
 from .dynamic import DynamicGenerator
@@ -8,6 +9,8 @@ from .gan import (
     WGAN,
     ConditionalBatchNorm2d,
     Discriminator,
+    FeatureCritic,
+    FeatureGenerator,
     class_loss,
     critic_loss,
     fixed_statistics,
@@ -33,6 +36,7 @@ from .mixture import ConvergenceWarning, GaussianMixture
 from .mlp import mlp
 from .nflae import learn_features
 from .plan import Plan, trace
+from .projection import layer_inputs, project_onto_outputs, project_step
 from .replay import Exemplars, Replay, herd, make_generator
 from .schedules import dgm_scale, hat_scale
 from .simplenet import SimpleNet
@@ -42,12 +46,15 @@ __all__ = [
     "DCGAN",
     "VAE",
     "WGAN",
+    "Bridge",
     "ConditionalBatchNorm2d",
     "ConditionalVAE",
     "ConvergenceWarning",
     "Discriminator",
     "DynamicGenerator",
     "Exemplars",
+    "FeatureCritic",
+    "FeatureGenerator",
     "GaussianMixture",
     "GaussianVAE",
     "MaskedConv1d",
@@ -62,6 +69,7 @@ __all__ = [
     "begin_task",
     "capacity",
     "class_loss",
+    "compose",
     "critic_loss",
     "dgm_scale",
     "distillation",
@@ -71,6 +79,7 @@ __all__ = [
     "grow",
     "hat_scale",
     "herd",
+    "layer_inputs",
     "learn_features",
     "make_generator",
     "masked_layers",
@@ -79,6 +88,8 @@ __all__ = [
     "plot_growth",
     "plot_images",
     "plot_size",
+    "project_onto_outputs",
+    "project_step",
     "reindex",
     "reserved_masks",
     "set_scale",

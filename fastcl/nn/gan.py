@@ -155,16 +155,76 @@ class Discriminator(nn.Module):
                 module.reset_parameters()
 
 
-def critic_loss(discriminator: Discriminator, real: Tensor, fake: Tensor, penalty: float) -> Tensor:
+class FeatureGenerator(nn.Module):
+    """Features instead of images: z and the one-hot class through Linear layers to ReLU features [N, F].
+
+    Args:
+        features: F. n_classes: K. hidden: width of the two layers between. latent: D.
+
+    Example:
+        >>> fastcl.nn.FeatureGenerator(400, 10).sample(torch.tensor([3, 7])).shape
+        torch.Size([2, 400])
+    """
+
+    def __init__(self, features: int, n_classes: int, hidden: int = 256, latent: int = 64) -> None:
+        super().__init__()
+        self.latent, self.n_classes = latent, n_classes
+        self.layers = nn.Sequential(
+            nn.Linear(latent + n_classes, hidden),
+            nn.LeakyReLU(0.2),
+            nn.Linear(hidden, hidden),
+            nn.LeakyReLU(0.2),
+            nn.Linear(hidden, features),
+            nn.ReLU(),
+        )
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        """Features of the classes y [N] from z [N, D]."""
+        return self.layers(torch.cat([z, F.one_hot(y, self.n_classes).to(z.dtype)], 1))
+
+    def sample(self, y: Tensor) -> Tensor:
+        """Features of each class y [N]; differentiable."""
+        return self(torch.randn(len(y), self.latent).to(self.layers[0].weight.device), y)
+
+
+class FeatureCritic(nn.Module):
+    """:class:`Discriminator` for features [N, F]: Linear layers instead of convolutions.
+
+    Example:
+        >>> fastcl.nn.FeatureCritic(400, 10).value(torch.zeros(2, 400)).shape
+        torch.Size([2])
+    """
+
+    def __init__(self, features: int, n_classes: int, hidden: int = 256) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(
+            nn.Linear(features, hidden), nn.LeakyReLU(0.2), nn.Linear(hidden, hidden), nn.LeakyReLU(0.2)
+        )
+        self.critic, self.classes = nn.Linear(hidden, 1), nn.Linear(hidden, n_classes)
+
+    def judge(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The critic's value [N] and the logits [N, classes]."""
+        h = self.trunk(x)
+        return self.critic(h).squeeze(1), self.classes(h)
+
+    def value(self, x: Tensor) -> Tensor:
+        """The critic's value [N]."""
+        return self.critic(self.trunk(x)).squeeze(1)
+
+
+def critic_loss(
+    discriminator: Discriminator | FeatureCritic, real: Tensor, fake: Tensor, penalty: float, unit: float = 0.5
+) -> Tensor:
     r"""WGAN-GP's (Gulrajani et al. 2017): what a critic step descends.
 
     .. math:: E\,D(fake) - E\,D(real) + \lambda\,E(\lVert\nabla_{\hat x} D(\hat x)\rVert_2 - 1)^2
 
-    with :math:`\hat x` between real and fake; the norm is over all pixels of an image in [-1, 1], the papers' range.
+    with :math:`\hat x` between real and fake; the norm is over all pixels of an image.
 
     Args:
-        real, fake: images [N, ...] in [0, 1], as many of each.
+        real, fake: [N, ...], as many of each.
         penalty: lambda; 1 in DGM, 10 in MeRGAN.
+        unit: by which slopes are multiplied: 0.5 for images that are in [0, 1] here and in [-1, 1] in the papers.
 
     Raises:
         ValueError: different shapes, or a negative penalty.
@@ -175,9 +235,8 @@ def critic_loss(discriminator: Discriminator, real: Tensor, fake: Tensor, penalt
         raise ValueError(f"penalty is {penalty} but must not be negative")
     share = torch.rand(len(real), *[1] * (real.dim() - 1), device=real.device)
     between = torch.lerp(real, fake, share).requires_grad_()
-    # a factor 2 between [0, 1] and [-1, 1]: the gradient there is half of this one
     (slope,) = torch.autograd.grad(discriminator.value(between).sum(), between, create_graph=True)
-    norm = (0.5 * slope.flatten(1)).norm(dim=1)
+    norm = (unit * slope.flatten(1)).norm(dim=1)
     return discriminator.value(fake).mean() - discriminator.value(real).mean() + penalty * (norm - 1).square().mean()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,17 +17,26 @@ GENERATORS = ("vae", "cvae", "gan")
 
 
 def make_generator(
-    kind: str, input_shape: Sequence[int], n_classes: int, hidden: Sequence[int] = (400, 400), latent: int = 100
+    kind: str,
+    input_shape: Sequence[int],
+    n_classes: int,
+    hidden: Sequence[int] = (400, 400),
+    latent: int = 100,
+    beta: float | None = None,
 ) -> VAE | WGAN:
     """A new generator of images: ``vae``, ``cvae`` (conditional) or ``gan`` (WGAN-GP; has its own widths).
+
+    `beta` as for :class:`VAE`; None: 1, or for images of less than 256 pixels 0.1.
 
     Raises:
         ValueError: another kind.
     """
+    if beta is None:
+        beta = 1.0 if math.prod(input_shape) >= 256 else 0.1
     if kind == "vae":
-        return VAE(input_shape, hidden, latent)
+        return VAE(input_shape, hidden, latent, beta)
     if kind == "cvae":
-        return ConditionalVAE(input_shape, n_classes, hidden, latent)
+        return ConditionalVAE(input_shape, n_classes, hidden, latent, beta)
     if kind == "gan":
         return WGAN(input_shape)
     raise ValueError(f"generator is {kind!r} but must be one of {', '.join(GENERATORS)}")
@@ -169,7 +179,7 @@ def herd(features: Tensor, n: int) -> Tensor:
 
 
 class Exemplars:
-    """Stored samples, at most `budget` in all and every class alike many.
+    """Stored samples, at most `budget` in all and every class (of a task, if tasks share classes) alike many.
 
     Args:
         budget: how many; 2000 in iCaRL.
@@ -186,18 +196,18 @@ class Exemplars:
         if budget < 0:
             raise ValueError(f"budget is {budget} but must not be negative")
         self.budget = budget
-        self.samples: dict[int, Tensor] = {}  # of every class, the most telling first
+        self.samples: dict[tuple[int, int], Tensor] = {}  # of every task and class, the most telling first
 
-    def add(self, x: Tensor, y: Tensor, features: Tensor | None = None) -> None:
+    def add(self, x: Tensor, y: Tensor, features: Tensor | None = None, task: int = 0) -> None:
         """Takes samples of new classes, herded by features [N, D] or at random, and drops the last of the old ones."""
-        new = [int(c) for c in y.unique() if int(c) not in self.samples]
+        new = [int(c) for c in y.unique() if (task, int(c)) not in self.samples]
         each = self.budget // max(1, len(self.samples) + len(new))
-        self.samples = {c: kept[:each].clone() for c, kept in self.samples.items()}
+        self.samples = {key: kept[:each].clone() for key, kept in self.samples.items()}
         for c in new:
             mine = (y == c).nonzero().flatten()
             n = min(each, len(mine))
             order = herd(features[mine], n) if features is not None else torch.randperm(len(mine))[:n].to(mine.device)
-            self.samples[c] = x[mine[order]].clone()
+            self.samples[task, c] = x[mine[order]].clone()
 
     def __len__(self) -> int:
         return sum(map(len, self.samples.values()))
@@ -208,7 +218,7 @@ class Exemplars:
 
     @property
     def y(self) -> Tensor:
-        return torch.cat([torch.full((len(s),), c, device=s.device) for c, s in self.samples.items()])
+        return torch.cat([torch.full((len(s),), c, device=s.device) for (_, c), s in self.samples.items()])
 
     def draw(self, n: int) -> tuple[Tensor, Tensor]:
         """n of them at random, with repetition."""
@@ -217,7 +227,8 @@ class Exemplars:
         return x[at], y[at]
 
     def state_dict(self) -> dict[str, Any]:
-        return {str(c): kept for c, kept in self.samples.items()}
+        return {f"{task} {c}": kept for (task, c), kept in self.samples.items()}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device | None = None) -> None:
-        self.samples = {int(c): kept.to(device) for c, kept in state.items()}
+        keys = [tuple(map(int, key.split())) for key in state]
+        self.samples = {(task, c): kept.to(device) for (task, c), kept in zip(keys, state.values(), strict=True)}
