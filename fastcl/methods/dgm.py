@@ -46,6 +46,8 @@ class DGM(Generative):
         s_max: 1e4 (dgm-w), 1e5 (dgm-a).
         schedule: as for :func:`fastcl.nn.dgm_scale`.
         penalty: of the critic's gradient. betas: Adam's, of both networks.
+        finish: passes over the data at a task's end in which the classifier learns alone, its rate falling to 0 (ours:
+            beside the critic its accuracy jumps from step to step; the authors' code picks an epoch by old images).
         clamp: embeddings are kept in [-clamp, clamp] (HAT's; the paper does not say).
         lr: Adam's, of both networks.
     """
@@ -69,13 +71,14 @@ class DGM(Generative):
         penalty: float = 1.0,
         betas: tuple[float, float] = (0.5, 0.999),
         clamp: float = 6.0,
+        finish: int = 2,
         **options: Any,
     ) -> None:
         for name, value in (("strength", strength), ("penalty", penalty)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} is {value} but must be finite and not negative")
-        if epochs < 1:
-            raise ValueError(f"epochs is {epochs} but must be at least 1")
+        if epochs < 1 or finish < 0:
+            raise ValueError(f"epochs is {epochs} and finish {finish} but must be at least 1 and 0")
         dgm_scale(0, 1, 0, 1, s_max, schedule)  # raises what is wrong with them
         self.lr, self.betas = options.setdefault("lr", self.usual_lr), tuple(betas)
         if options.get("optimizer") is not None:
@@ -83,7 +86,7 @@ class DGM(Generative):
         options["optimizer"] = self._adam
         super().__init__(model, **options)
         self.generator, self.n_epochs, self.strength = generator, epochs, strength
-        self.s_max, self.schedule, self.penalty, self.clamp = s_max, schedule, penalty, clamp
+        self.s_max, self.schedule, self.penalty, self.clamp, self.finish = s_max, schedule, penalty, clamp, finish
         self.generator_optimizer: MaskedAdam | None = None
         self.replay: tuple[Tensor, Tensor] | None = None  # images as bytes, classes
         self.replay_seed = 0
@@ -204,7 +207,24 @@ class DGM(Generative):
             for layer in self.generator.layers:
                 layer.embedding.clamp_(-self.clamp, self.clamp)
 
+    def _finish(self, batches: Batches) -> None:
+        """The classifier alone, on the task's images and remembered ones."""
+        x, y = (torch.cat(part) for part in zip(*batches, strict=True))
+        size = self._batch or len(x)
+        steps = self.finish * -(-len(x) // size)
+        optimizer = MaskedAdam(self.model.parameters(), self.lr)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+        for _ in range(self.finish):
+            for part in torch.randperm(len(x)).split(size):
+                part = part.to(x.device)
+                optimizer.zero_grad()
+                self.loss(x[part], y[part]).backward()
+                optimizer.step()
+                schedule.step()
+
     def end_task(self, batches: Batches) -> None:
+        if self.finish:
+            self._finish(batches)
         self.generator.end_task()
         self.generator_optimizer = None  # of weights that have grown
         self.replay = None
