@@ -277,8 +277,10 @@ def table(name: str, experiments: list[Experiment], done: dict[str, dict[str, An
     ]
     text += ["Average accuracy over all tasks after the last one, forgetting as in Chaudhry et al. 2018.", described]
     if name in AFTER:
-        text.append("After t: accuracy on real test images of the classes seen so far; of generated: how often a classifier")
-        text.append("trained on real data names 1000 generated images as they are meant. Pictures: seed 0's, beside this file.")
+        text.append("After t: accuracy on real test images of the classes seen so far; of generated: how often a")
+        text.append(
+            "classifier trained on real data names 1000 generated images as they are meant. Pictures: seed 0's."
+        )
     groups: dict[tuple[str, str], list[Experiment]] = {}
     for e in experiments:
         groups.setdefault((e.scenario, e.setting), []).append(e)

@@ -196,7 +196,7 @@ class Run:
             x, y = (torch.cat(part) for part in zip(*(task.train() for task in self.stream.tasks), strict=True))
             judge = mlp(self.stream.input_shape, (256,), self.stream.n_outputs)
             optimizer = torch.optim.Adam(judge.parameters(), 1e-3)
-            for _ in range(max(2, 120_000 // len(x))):
+            for _ in range(max(2, 60_000 // len(x))):
                 for part in torch.randperm(len(x)).split(128):
                     optimizer.zero_grad()
                     torch.nn.functional.cross_entropy(judge(x[part]), y[part]).backward()

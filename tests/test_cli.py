@@ -51,7 +51,7 @@ BAD = {
     "threads": (["run", "ewc", "--threads", "0"], "threads is 0"),
     "device": (["run", "ewc", "--device", "quantum"], "device is 'quantum'"),
     "no data": (["run", "ewc", "--data", "mnist", "--data-root", "nowhere"], "no train-images-idx3-ubyte"),
-    "unknown option": (["run", "ewc", "--option", "power=2"], "option 'power' is unknown to ewc: it has form"),
+    "unknown option": (["run", "ewc", "--option", "power=2"], "option 'power' is unknown to ewc: it has budget, form"),
     "option without value": (["run", "ewc", "--option", "form"], "must be key=value"),
     "option type": (["run", "ewc", "--option", "strength=strong"], "must be of type float"),
     "option value": (["run", "ewc", "--option", "strength=-1"], "strength is -1.0"),

@@ -63,7 +63,7 @@ class CLN(Generative):
         sample: int = 2000,
         iterations: int = 4,
         vae_epochs: int = 3,
-        vae_steps: int = 150,
+        vae_steps: int = 200,
         show: str = "reconstructed",
         beta: float = 0.1,
         vae_lr: float = 1e-3,

@@ -80,6 +80,10 @@ class DGR(Generative):
             made = make_generator(generator, stream.input_shape, stream.n_outputs, hidden, latent, beta)
         return cls(model, made, setting=stream.setting, **options)
 
+    @property
+    def generator(self) -> VAE | WGAN:
+        return self.memory_of.generator
+
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
         self.memory_of.generator.to(next(self.model.parameters()).device)

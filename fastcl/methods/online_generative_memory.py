@@ -100,6 +100,10 @@ class OnlineGenerativeMemory(Generative):
             made = make_generator(generator, stream.input_shape, stream.n_outputs, hidden, latent, beta)
         return cls(model, made, setting=stream.setting, **options)
 
+    @property
+    def generator(self) -> VAE | WGAN:
+        return self.replay.generator
+
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
         self.replay.generator.to(next(self.model.parameters()).device)

@@ -18,7 +18,7 @@ class Bridge(nn.Module):
 
     Example:
         >>> z = torch.randn(50, 4); g = fastcl.nn.Bridge(4, 3).fit(z, z @ torch.ones(4, 3) + 1)
-        >>> g(torch.zeros(1, 4)).round().abs()
+        >>> g(torch.zeros(1, 4)).detach().round().abs()
         tensor([[1., 1., 1.]])
     """
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..optim.reserved import Reserved
-from .convert import reserved_masks
+from .convert import Reserved, reserved_masks
 from .gan import crop, upsamplings
 from .grow import grow
 from .masked import MaskedConvTranspose2d, begin_task, end_task, set_scale, sparsity

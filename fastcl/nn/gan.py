@@ -233,7 +233,7 @@ def critic_loss(
         raise ValueError(f"fake has shape {list(fake.shape)} but must have real's, {list(real.shape)}")
     if not penalty >= 0:
         raise ValueError(f"penalty is {penalty} but must not be negative")
-    share = torch.rand(len(real), *[1] * (real.dim() - 1), device=real.device)
+    share = torch.rand(len(real), *[1] * (real.dim() - 1), dtype=real.dtype, device=real.device)
     between = torch.lerp(real, fake, share).requires_grad_()
     (slope,) = torch.autograd.grad(discriminator.value(between).sum(), between, create_graph=True)
     norm = (unit * slope.flatten(1)).norm(dim=1)

@@ -34,7 +34,7 @@ def project_onto_outputs(
 
     Example:
         >>> x = torch.tensor([[1.0, 0.0]])
-        >>> fastcl.nn.project_onto_outputs(torch.tensor([[2.0, 3.0]]), x, eps=1e-9)
+        >>> fastcl.nn.project_onto_outputs(torch.tensor([[2.0, 3.0]]), x, eps=1e-9).round()
         tensor([[0., 3.]])
     """
     if change.dim() != 2 or inputs.dim() != 2 or inputs.shape[1] != change.shape[1]:
