@@ -14,7 +14,7 @@ from .latent_space_alignment import LatentSpaceAlignment
 from .lwf import LwF
 from .mas import MAS
 from .mergan import MeRGANAlign, MeRGANJoint
-from .method import ByTask, Generative, Method, Regularised
+from .method import ByTask, Generative, Method, Regularised, entropy_within_tasks
 from .online_generative_memory import OnlineGenerativeMemory
 from .rwalk import RWalk
 from .si import SI
@@ -53,4 +53,5 @@ __all__ = [
     "OnlineGenerativeMemory",
     "RWalk",
     "Regularised",
+    "entropy_within_tasks",
 ]
