@@ -153,6 +153,41 @@ def generative() -> Iterator[Experiment]:
         yield Experiment(label, method, "class", "split", options, {**rest, **epochs}, seeds)
 
 
+def mnist() -> Iterator[Experiment]:
+    """Every method on split MNIST, 3 seeds: what it remembers and what that costs."""
+    for setting in ("task", "class"):
+        for label, method, options in (
+            ("fine-tuning", "finetune", {}),
+            ("EWC", "ewc", {"form": "separate"}),
+            ("online EWC", "ewc", {}),
+            ("MAS", "mas", {}),
+            ("SI", "si", {}),
+            ("RWalk", "rwalk", {}),
+            ("LwF", "lwf", {}),
+            ("EWC-S", "ewc", {"budget": 200}),
+            ("SI-S", "si", {"budget": 200}),
+            ("RWalk-S", "rwalk", {"budget": 200}),
+            ("iCaRL", "icarl", {}),
+            ("iCaRL, 200 exemplars", "icarl", {"budget": 200}),
+            ("HAT", "hat", {}),
+            ("DEN", "den", {"hidden": (312, 128)}),
+            ("DGR (VAE)", "dgr", {}),
+            ("DGR (conditional VAE)", "dgr", {"generator": "cvae"}),
+            ("DGR, noise", "dgr", {"replay": "noise"}),
+            ("latent generative memory", "latent-generative-memory", {}),
+            ("latent generative memory, alignment", "latent-generative-memory", {"replay": "align"}),
+            ("latent space alignment", "latent-space-alignment", {}),
+            ("latent space alignment, parallel", "latent-space-alignment", {"parallel": True}),
+            ("online generative memory, lookahead", "online-generative-memory", {"mode": "lookahead"}),
+            ("online generative memory, distill", "online-generative-memory", {"mode": "distill"}),
+            ("online generative memory, project", "online-generative-memory", {"mode": "project"}),
+            ("joint", "joint", {}),
+        ):
+            strength = STRENGTHS["split", setting].get(method)
+            chosen = {} if strength is None else {"strength": strength}
+            yield Experiment(label, method, setting, "split", {**chosen, **options}, seeds=3)
+
+
 CLN = {"replay": 2000, "sample": 2000, "iterations": 4, "vae_epochs": 4}
 
 TABLES: dict[str, Callable[[], Iterator[Experiment]]] = {
@@ -163,6 +198,7 @@ TABLES: dict[str, Callable[[], Iterator[Experiment]]] = {
     "growth": growth,
     "neurogenesis": neurogenesis,
     "generative": generative,
+    "mnist": mnist,
 }
 # accuracy over the classes seen after so many tasks, a column each
 AFTER = {"neurogenesis": (1, 2, 3, 4, 5), "generative": (5, 10)}
@@ -182,7 +218,7 @@ def run(job: tuple[str, dict[str, Any], str]) -> dict[str, Any]:
         }
     learner = Run(Config(data="mnist", data_root=data_root, **arguments))
     result = learner.train()
-    kept = ("average_accuracy", "forgetting", "accuracy", "acc_generated", "parameters", "seconds", "versions")
+    kept = ("average_accuracy", "forgetting", "accuracy", "acc_generated", "parameters", "memory", "seconds", "versions")
     line = {"key": key, **{name: result[name] for name in kept}}
     if hasattr(learner.learner, "parameters_used"):
         line["parameters"] = learner.learner.parameters_used()
@@ -288,6 +324,7 @@ def table(name: str, experiments: list[Experiment], done: dict[str, dict[str, An
         text += ["", f"## {scenario} MNIST, {setting} setting", ""]
         after = AFTER.get(name, ())
         more = [*(f"after {t}" for t in after), *(["of generated"] if after else [])]
+        more += ["kept, kB"] if name == "mnist" else []
         head = ["method", "options", *more, "accuracy", "forgetting", "parameters", "seconds", "seeds"]
         text += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for e in rows:
@@ -302,6 +339,8 @@ def table(name: str, experiments: list[Experiment], done: dict[str, dict[str, An
             if after:
                 made = [100 * x["acc_generated"] for x in lines if x.get("acc_generated") is not None]
                 cells.append(spread(made) if made else "")
+            if name == "mnist":
+                cells.append(f"{statistics.mean(x['memory'] for x in lines) / 1000:,.0f}")
             cells += [spread(accuracy), spread(forgetting), f"{parameters:,.0f}", f"{seconds:.0f}", str(len(lines))]
             text.append(f"| {' | '.join(cells)} |")
     return "\n".join(text) + "\n"

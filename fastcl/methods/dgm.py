@@ -71,7 +71,7 @@ class DGM(Generative):
         penalty: float = 1.0,
         betas: tuple[float, float] = (0.5, 0.999),
         clamp: float = 6.0,
-        finish: int = 2,
+        finish: int = 6,
         **options: Any,
     ) -> None:
         for name, value in (("strength", strength), ("penalty", penalty)):
