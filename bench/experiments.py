@@ -218,7 +218,8 @@ def run(job: tuple[str, dict[str, Any], str]) -> dict[str, Any]:
         }
     learner = Run(Config(data="mnist", data_root=data_root, **arguments))
     result = learner.train()
-    kept = ("average_accuracy", "forgetting", "accuracy", "acc_generated", "parameters", "memory", "seconds", "versions")
+    kept = ("average_accuracy", "forgetting", "accuracy", "acc_generated", "parameters", "memory", "seconds")
+    kept += ("versions",)
     line = {"key": key, **{name: result[name] for name in kept}}
     if hasattr(learner.learner, "parameters_used"):
         line["parameters"] = learner.learner.parameters_used()

@@ -13,6 +13,7 @@ from .gan import (
     FeatureGenerator,
     class_loss,
     critic_loss,
+    crop,
     fixed_statistics,
     frozen,
 )
@@ -71,6 +72,7 @@ __all__ = [
     "class_loss",
     "compose",
     "critic_loss",
+    "crop",
     "dgm_scale",
     "distillation",
     "end_task",

@@ -15,7 +15,7 @@ def distillation(
 
     .. math:: -T^2\,\frac1N\sum_n\sum_{c\in known}softmax(before/T)_{nc}\log softmax(now/T)_{nc}
 
-    Plain torch: two softmaxes of [N, classes] are under 1% of a training step (bench/bench_methods.py).
+    Plain torch: two softmaxes of [N, classes] are nothing beside the network that made them.
 
     Args:
         now, before: logits [N, outputs]; no gradient flows into `before`.
