@@ -39,6 +39,7 @@ class CLN(Generative):
         grow: ``fixed``, or ``outliers``: up to `rounds` times `filters`, while the new data has reconstruction outliers.
         replay: synthesised images of each old class. sample: at most so many of the task's own images a class for the VAE.
         iterations: of clustering, each with `vae_epochs` passes but at least `vae_steps` steps.
+        finish: steps of 128 images, every class alike often, in which the classifier's rate falls to 0 at a task's end.
         show: new images to the classifier from the second task on: ``reconstructed``, or ``real``, the seed's.
         beta: weight of the KL; 1 loses the variety within a class (8 x 8 digits). vae_lr: Adam's, of the VAE. nflae_steps: of each layer's autoencoder.
         vae_from: ``classifier``, the seed's: the encoder starts from the classifier's trunk; or ``previous``.
@@ -64,6 +65,7 @@ class CLN(Generative):
         iterations: int = 4,
         vae_epochs: int = 3,
         vae_steps: int = 200,
+        finish: int = 200,
         show: str = "reconstructed",
         beta: float = 0.1,
         vae_lr: float = 1e-3,
@@ -78,7 +80,10 @@ class CLN(Generative):
         for name, value in (("latent", latent), ("replay", replay), ("sample", sample), ("rounds", rounds)):
             if value < 1:
                 raise ValueError(f"{name} is {value} but must be at least 1")
+        if finish < 0:
+            raise ValueError(f"finish is {finish} but must not be negative")
         super().__init__(model, **options)
+        self.finish = finish
         self.lr = options.get("lr", 1e-3)
         self.filters, self.latent, self.latent_growth, self.grow, self.rounds = (
             filters,
@@ -211,8 +216,11 @@ class CLN(Generative):
     # ---- steps 5 and 6 ----
 
     def end_task(self, batches: Batches) -> None:
+        x, y = (torch.cat(part) for part in zip(*batches, strict=True))
+        if self.finish:
+            self._finish(x, y)
         if self.old is None or self.show == "real":
-            self._learn_to_generate(*(torch.cat(part) for part in zip(*batches, strict=True)))
+            self._learn_to_generate(x, y)
         shown, _ = self.synthesise(self.classes, 10)
         self.shown.append(shown[0].cpu())
         self.old = None
@@ -221,6 +229,18 @@ class CLN(Generative):
         y = self._evenly(n)
         wanted = torch.tensor([self._component(c) for c in y.tolist()], device=self._device)
         return self.vae.sample(wanted), y
+
+    def _finish(self, x: Tensor, y: Tensor) -> None:
+        """The classifier on as many of the task's images as its classes are of all, and on synthesised old ones."""
+        mine = max(1, round(128 * len(self.tasks[-1]) / len(self.classes)))
+        optimizer = torch.optim.Adam(self.model.parameters(), self.lr)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, self.finish)
+        for _ in range(self.finish):
+            picked = torch.randint(len(y), (mine,)).to(y.device)
+            optimizer.zero_grad()
+            self.loss(x[picked], y[picked]).backward()
+            optimizer.step()
+            schedule.step()
 
     def _learn_to_generate(self, x: Tensor, y: Tensor) -> None:
         """Steps 5 and 6 on the task's images and the synthesised ones of earlier classes."""

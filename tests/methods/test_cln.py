@@ -15,7 +15,7 @@ from fastcl.methods import CLN
 
 STREAM = streams.make(streams.load("digits"), "split", "class", 5)
 SIZE = {"width": 4, "latent": 4, "replay": 40}
-QUICK: dict[str, Any] = {**SIZE, "iterations": 1, "vae_epochs": 1, "vae_steps": 1, "nflae_steps": 3}
+QUICK: dict[str, Any] = {**SIZE, "iterations": 1, "vae_epochs": 1, "vae_steps": 1, "nflae_steps": 3, "finish": 1}
 
 
 def trained(stream: streams.Stream, tasks: int, epochs: int = 1, **options: Any) -> CLN:
@@ -93,7 +93,15 @@ def test_outliers_add_more_filters_than_the_fixed_number() -> None:
 
 
 def test_learns_more_than_the_last_task() -> None:
-    options = {"width": 8, "latent": 8, "iterations": 4, "vae_steps": 250, "replay": 300, "nflae_steps": 30}
+    options = {
+        "width": 8,
+        "latent": 8,
+        "iterations": 4,
+        "vae_steps": 250,
+        "replay": 300,
+        "nflae_steps": 30,
+        "finish": 100,
+    }
     cln = trained(STREAM, 2, 10, **options)
     accuracy = [(cln.predict(x) == y).float().mean().item() for x, y in (task.test() for task in STREAM.tasks[:2])]
     assert min(accuracy) > 0.5  # fine-tuning: 0 and 1

@@ -29,6 +29,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "vae_epochs": 1,
         "vae_steps": 1,
         "nflae_steps": 2,
+        "finish": 2,
         "show": "real",  # a VAE of one step reconstructs nothing
     },
     **{name: {**GAN, "latent": 16} for name in ("dgm-w", "dgm-a", "mergan-joint", "mergan-align")},
