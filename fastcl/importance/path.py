@@ -23,6 +23,7 @@ class PathRegulariser(Regulariser):
     """
 
     _sums: tuple[str, ...] = ()  # attributes, each name -> a sum of the parameter's shape
+    excluded: frozenset[str] = frozenset()  # names of parameters that are left alone
 
     def __init__(
         self,
@@ -88,9 +89,17 @@ class PathRegulariser(Regulariser):
         """One step: the task's gradients, the parameters after it and before it (this process's shards)."""
         raise TypeError(f"{type(self).__name__} must say what it accumulates")
 
+    def _params(self) -> dict[str, Tensor]:
+        return {name: p for name, p in super()._params().items() if name not in self.excluded}
+
     def _grow(self) -> None:
-        """Sums take the shape of parameters that have grown; new entries have not moved yet."""
+        """Sums take the shape of parameters that have grown, or are new (a head); new entries have not moved yet."""
         for name, p in self._params().items():
+            if name not in self.start:
+                self.start[name] = p.detach().clone()
+                for sum_ in self._sums:
+                    if values := getattr(self, sum_):
+                        values[name] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
             if self.start[name].shape != p.shape:
                 self.start[name] = grown(name, self.start[name], p, fill=p)
                 for sum_ in self._sums:
