@@ -174,6 +174,47 @@ def test_grown_head_keeps_what_it_gathered(kind: Any) -> None:
     assert (found[1][4:] == 0).all()
 
 
+class Heads(nn.Module):
+    """A head for each task; the second comes later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.heads, self.active = network()[:2], nn.ModuleList([nn.Linear(8, 4).double()]), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.heads[self.active](self.body(x))
+
+
+@pytest.mark.parametrize("when", ["after the first task", "within it"])
+@pytest.mark.parametrize("kind", [fastcl.SI, fastcl.RWalk])
+def test_a_parameter_that_comes_later_is_followed(kind: Any, when: str) -> None:
+    torch.manual_seed(0)
+    model = Heads()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    regulariser = kind(model, 1.0, optimizer)
+
+    def steps() -> None:
+        for k in range(12):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(X[k:]), Y[k:]).backward()
+            regulariser.add_gradients()
+            optimizer.step()
+
+    steps()
+    if when == "after the first task":
+        regulariser.consolidate()
+    model.heads.append(nn.Linear(8, 4).double())
+    optimizer.add_param_group({"params": model.heads[1].parameters()})
+    model.active = 1
+    steps()
+    regulariser.consolidate()
+    later = regulariser.importances["heads.1.weight"]
+    assert later.shape == (4, 8)
+    assert (later > 0).any()
+    assert torch.equal(regulariser.anchors["heads.1.weight"], model.heads[1].weight)
+    assert regulariser.penalty() == 0  # nothing has moved since
+
+
 def test_a_task_that_diverged_is_refused_and_nothing_changes() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
