@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 RUN = $(VENV)/bin
 
-.PHONY: demo test bench lint wheel torch-versions triton-versions avalanche clean
+.PHONY: demo test bench lint wheel torch-versions triton-versions integrations clean
 
 demo: $(VENV)/.built  ## train a continual-learning stream on real data (about two minutes)
 	$(RUN)/python -m fastcl demo --out out
@@ -29,8 +29,8 @@ torch-versions: ## one build under several torch versions (downloads gigabytes; 
 triton-versions: $(VENV)/.built  ## the GPU kernels in the interpreter and compiled, under Triton 3.6 and 3.9
 	PYTHON=$(abspath $(RUN))/python bash .ci/triton-versions
 
-avalanche: $(VENV)/.built  ## the Avalanche plugins, tested in avalanche-lib (downloads it; not part of CI)
-	PYTHON=$(abspath $(RUN))/python bash .ci/avalanche
+integrations: $(VENV)/.built  ## the plugins in avalanche-lib and Lightning themselves (downloads them; not part of CI)
+	PYTHON=$(abspath $(RUN))/python bash .ci/integrations
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)

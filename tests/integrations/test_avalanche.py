@@ -1,4 +1,4 @@
-"""The plugins in avalanche-lib itself; skipped where it is not installed (`make avalanche` installs it apart)."""
+"""The plugins in avalanche-lib itself; skipped where it is not installed (`make integrations` installs it apart)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-avalanche = pytest.importorskip("avalanche", reason="avalanche-lib is not installed: make avalanche")
+avalanche = pytest.importorskip("avalanche", reason="avalanche-lib is not installed: make integrations")
 
 from avalanche.benchmarks import tensors_benchmark  # noqa: E402
 from avalanche.models import MultiHeadClassifier, MultiTaskModule  # noqa: E402
