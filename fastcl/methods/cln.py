@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,7 @@ class CLN(Generative):
     paper = "Draelos et al. 2017, Neurogenesis deep learning"
     seed = "neurogenesis"
     settings = ("class",)
+    epochs: ClassVar[dict[str, int]] = {"digits": 6, "mnist": 1}
 
     def __init__(
         self,
