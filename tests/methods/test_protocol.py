@@ -33,7 +33,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "show": "real",  # a VAE of one step reconstructs nothing
     },
     **dict.fromkeys(("mergan-joint", "mergan-align"), GAN),
-    **dict.fromkeys(("dgm-w", "dgm-a"), {**GAN, "finish": 1}),
+    **{name: {**GAN, "finish": 1} for name in ("dgm-w", "dgm-a")},
 }
 CASES = [(name, setting) for name, method in METHODS.items() for setting in method.settings]
 
