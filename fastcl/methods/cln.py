@@ -29,8 +29,8 @@ class CLN(Generative):
     the VAE, its encoder the classifier's trunk, trains on both, clustering its latents again and again. No old image is
     read, ever.
 
-    A classifier that sees real new images beside synthesised old ones learns to tell real from synthesised: on MNIST old
-    classes fall below 50%. So by default (`show`) we take steps 5 and 6 before step 4, and show the classifier the new
+    A classifier that sees real new images beside synthesised old ones learns to tell real from synthesised, and takes
+    real old ones for new. So by default (`show`) we take steps 5 and 6 before step 4, and show the classifier the new
     images as the VAE reconstructs them.
 
     Args:
@@ -119,7 +119,7 @@ class CLN(Generative):
         super().begin_task(task)
         report: dict[str, Any] = {"task": len(self.tasks) - 1}
         if self.vae is not None:
-            seen = sorted({c for begun in self.tasks[:-1] for c in begun})
+            seen = self.past
             self.old, report["synthesised"] = self.synthesise(seen, self.replay)
             x, _ = self.training_data(task)
             x = x.to(self._device)[torch.randperm(len(x))[: self.sample]]

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..nn import VAE, WGAN, Replay, distillation, make_generator, mlp
-from .method import Batches, Generative, Method
+from ..nn import VAE, WGAN, Replay, distillation
+from .method import Replaying
 
 if TYPE_CHECKING:
-    from ..streams import Stream, Task
+    from ..streams import Task
 
 
-class DGR(Generative):
+class DGR(Replaying):
     r"""Deep generative replay (Shin et al. 2017).
 
     A generator and a solver learn together; the loss of task t is
@@ -61,33 +61,8 @@ class DGR(Generative):
         self.solver: nn.Module | None = None  # as the last task left it
         self.shown: list[Tensor] = []
 
-    @classmethod
-    def build(
-        cls,
-        stream: Stream,
-        *,
-        hidden: tuple[int, ...] = (400, 400),
-        latent: int = 100,
-        generator: str = "vae",
-        beta: float | None = None,
-        seed: int = 0,
-        **options: Any,
-    ) -> Method:
-        """`generator`: vae, cvae (conditional) or gan (WGAN-GP); `beta` as for :func:`fastcl.nn.make_generator`."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = mlp(stream.input_shape, hidden, stream.n_outputs)
-            made = make_generator(generator, stream.input_shape, stream.n_outputs, hidden, latent, beta)
-        return cls(model, made, setting=stream.setting, **options)
-
-    @property
-    def generator(self) -> VAE | WGAN:
-        return self.memory_of.generator
-
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
-        self.memory_of.generator.to(next(self.model.parameters()).device)
-        self.memory_of.begin_task(task.classes)
         if len(self.tasks) > 1:
             self.solver = copy.deepcopy(self.model).eval()
 
@@ -111,11 +86,10 @@ class DGR(Generative):
         with torch.no_grad():
             before = self.solver(x)
         now = self.model(x)
-        past = self.tasks[:-1]
         if self.setting == "task":  # an image may be of any past task: each head is held to what it said
-            groups = [(list(task), list(task)) for task in past]
+            groups = [(list(task), list(task)) for task in self.tasks[:-1]]
         else:  # classes of later tasks had no say yet
-            groups = [(sorted({c for task in past for c in task}), self.classes)]
+            groups = [(self.past, self.classes)]
         losses = []
         for known, competing in groups:
             if self.labels == "hard":
@@ -125,23 +99,12 @@ class DGR(Generative):
                 losses.append(distillation(now, before, known, competing, self.TEMPERATURE))
         return torch.stack(losses).mean()
 
-    def end_task(self, batches: Batches) -> None:
-        self.shown.append(self.generate(100)[0].cpu())
-
-    def generate(self, n: int) -> tuple[Tensor, Tensor]:
-        """As :meth:`Generative.generate`; what an image is meant to be is, of a generator without classes, what the
-        solver takes it for."""
-        x, y = self.memory_of.show(n)
-        return x, self.predict(x) if y is None else y
-
     def extra_state(self) -> dict[str, Any]:
-        solver = None if self.solver is None else dict(self.solver.state_dict())
-        return {"replay": self.memory_of.state_dict(), "solver": solver, "shown": self.shown}
+        return {**super().extra_state(), "solver": None if self.solver is None else dict(self.solver.state_dict())}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        self.memory_of.generator.to(next(self.model.parameters()).device)
-        self.memory_of.load_state_dict(state["replay"])
-        self.solver, self.shown = None, list(state["shown"])
+        super().load_extra_state(state)
+        self.solver = None
         if state["solver"] is not None:
             self.solver = copy.deepcopy(self.model).eval()
             self.solver.load_state_dict(state["solver"])

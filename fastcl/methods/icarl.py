@@ -38,15 +38,14 @@ class ICaRL(Method):
         super().__init__(model, **options)
         self.exemplars = Exemplars(budget)
         self.previous: nn.Module | None = None
-        self._means: tuple[list[int], tuple[list[int], Tensor]] | None = (
-            None  # for which weights; classes, mean features
-        )
+        # for which versions of the weights; the classes and their mean features
+        self._means: tuple[list[int], tuple[list[int], Tensor]] | None = None
 
     @property
     def classes(self) -> list[int]:
         """All seen: exemplars of every task are among the batches."""
         super().classes  # noqa: B018  raises before the first task
-        return sorted({c for task in self.tasks for c in task})
+        return self.seen
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)

@@ -31,7 +31,7 @@ class Joint(Method):
     @property
     def classes(self) -> list[int]:
         super().classes  # noqa: B018  raises before the first task
-        return sorted({c for task in self.tasks for c in task})
+        return self.seen
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)

@@ -134,7 +134,7 @@ class LatentGenerativeMemory(Method):
         """n features of old classes, and their classes."""
         if self.previous is None:
             return torch.empty(0, 0, device=self._device), torch.empty(0, dtype=torch.int64, device=self._device)
-        past = torch.tensor(sorted({c for task in self.tasks[:-1] for c in task}))
+        past = torch.tensor(self.past)
         y = past[torch.randint(len(past), (n,))].to(self._device)
         with torch.no_grad():
             z = self.previous.sample(y) * self.scale
@@ -159,7 +159,7 @@ class LatentGenerativeMemory(Method):
         real, told = (torch.cat([z, old]), torch.cat([y, classes])) if joint else (z, y)
         with torch.no_grad():
             fake = self.generator.sample(told)
-        seen = sorted({c for task in self.tasks for c in task})
+        seen = self.seen
         self.critic_optimizer.zero_grad()
         loss = critic_loss(self.critic, real, fake, self.penalty, unit=1.0)
         (loss + class_loss(self.critic.judge(real)[1], told, seen)).backward()

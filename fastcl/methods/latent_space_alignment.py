@@ -59,7 +59,7 @@ class LatentSpaceAlignment(ByTask):
         self.initial = copy.deepcopy(model[:-1]) if parallel else None
         self.previous: nn.Module | None = None  # the embedder as the last task left it, until the bridge is there
         self.bridges: list[Bridge] = []  # from task t + 1's space to t's
-        self._chains: dict[int, Bridge] = {}
+        self._chains: dict[tuple[int, int], Bridge] = {}
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
@@ -70,11 +70,7 @@ class LatentSpaceAlignment(ByTask):
         self.optimizer = self._make(self.model.parameters())
 
     def check_labels(self, y: Tensor) -> None:
-        setting, self.setting = self.setting, "task"
-        try:
-            super().check_labels(y)
-        finally:
-            self.setting = setting
+        self.check_own_labels(y)
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy over this task's own outputs."""

@@ -34,7 +34,7 @@ class MeRGAN(Generative):
         penalty: of the critic's gradient. betas: Adam's, of both networks.
         aligned: images of alignment in a step, shared by the earlier classes.
         lr: Adam's, of both networks. The paper has 1e-4, betas (0, .9), five critic steps and 8000 steps of the generator
-            for each class: an H200's schedule; ours reaches its accuracy in under 1000 (bench/results/generative.md).
+            for each class; the defaults here are a CPU's.
     """  # noqa: E501
 
     paper = "Wu et al. 2018, Memory replay GANs"
@@ -99,7 +99,7 @@ class MeRGAN(Generative):
 
     def _past(self, n: int, device: torch.device) -> Tensor:
         """n earlier classes, drawn alike often."""
-        past = torch.tensor(sorted({c for task in self.tasks[:-1] for c in task}), device=device)
+        past = torch.tensor(self.past, device=device)
         return past[torch.randint(len(past), (n,)).to(device)]
 
     def observe(self, x: Tensor, y: Tensor) -> float:

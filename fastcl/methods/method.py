@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..importance import Regulariser
-from ..nn import Exemplars, mlp, plot_images
+from ..nn import Exemplars, Replay, make_generator, mlp, plot_images
 
 if TYPE_CHECKING:
     from ..streams import Stream, Task
@@ -68,7 +68,17 @@ class Method:
         """The output units that compete now: this task's, or all seen so far."""
         if not self.tasks:
             raise RuntimeError("begin_task must come first")
-        return list(self.tasks[-1]) if self.setting == "task" else sorted({c for task in self.tasks for c in task})
+        return list(self.tasks[-1]) if self.setting == "task" else self.seen
+
+    @property
+    def seen(self) -> list[int]:
+        """The output units of all tasks begun, sorted."""
+        return sorted({c for task in self.tasks for c in task})
+
+    @property
+    def past(self) -> list[int]:
+        """The output units of the tasks before the one that runs, sorted."""
+        return sorted({c for task in self.tasks[:-1] for c in task})
 
     def begin_task(self, task: Task) -> None:
         self.tasks.append(tuple(task.classes))
@@ -124,7 +134,7 @@ class Method:
             ValueError: a task that has not begun.
         """
         if task is None:
-            known = sorted({c for begun in self.tasks for c in begun})
+            known = self.seen
         else:
             index = task if isinstance(task, int) else task.index
             if isinstance(task, int) and not 0 <= index < len(self.tasks):
@@ -158,7 +168,7 @@ class Method:
         self.load_extra_state(state["extra"])
 
     def memory(self) -> int:
-        """Bytes that are kept of the past beside the network: importances, anchors, old networks, samples, masks."""
+        """Bytes kept of the past beside the network (masks are in it): importances, anchors, samples, old networks."""
         return _bytes({k: v for k, v in self.extra_state().items() if k not in ("shown", "reports")})
 
     def extra_state(self) -> dict[str, Any]:
@@ -241,12 +251,71 @@ class Generative(Method):
 
     def _evenly(self, n: int) -> Tensor:
         """n output units, all seen so far alike often, sorted."""
-        seen = torch.tensor(sorted({c for task in self.tasks for c in task}))
+        seen = torch.tensor(self.seen)
         return seen[torch.arange(n) * len(seen) // n]
+
+
+class Replaying(Generative):
+    """A perceptron beside a generator that replays itself, `self.memory_of`: how both are built, and what they show."""
+
+    memory_of: Replay
+
+    @classmethod
+    def build(
+        cls,
+        stream: Stream,
+        *,
+        hidden: tuple[int, ...] = (400, 400),
+        latent: int = 100,
+        generator: str = "vae",
+        beta: float | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> Method:
+        """`generator`: vae, cvae (conditional) or gan (WGAN-GP); `beta` as for :func:`fastcl.nn.make_generator`."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = mlp(stream.input_shape, hidden, stream.n_outputs)
+            made = make_generator(generator, stream.input_shape, stream.n_outputs, hidden, latent, beta)
+        return cls(model, made, setting=stream.setting, **options)  # type: ignore[call-arg]
+
+    @property
+    def generator(self) -> nn.Module:
+        return self.memory_of.generator
+
+    def begin_task(self, task: Task) -> None:
+        super().begin_task(task)
+        self.generator.to(next(self.model.parameters()).device)
+        self.memory_of.begin_task(task.classes)
+
+    def end_task(self, batches: Batches) -> None:
+        self.shown.append(self.generate(100)[0].cpu())
+
+    def generate(self, n: int) -> tuple[Tensor, Tensor]:
+        """As :meth:`Generative.generate`; what an image is meant to be is, of a generator without classes, what the
+        network takes it for."""
+        x, y = self.memory_of.show(n)
+        return x, self.predict(x) if y is None else y
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"replay": self.memory_of.state_dict(), "shown": self.shown}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        self.generator.to(next(self.model.parameters()).device)
+        self.memory_of.load_state_dict(state["replay"])
+        self.shown = list(state["shown"])
 
 
 class ByTask(Method):
     """A method with a network for every task: :meth:`logits` of one, and by them the predictions."""
+
+    def check_own_labels(self, y: Tensor) -> None:
+        """As :meth:`check_labels` in the setting ``task``: in training this task's own outputs compete, always."""
+        setting, self.setting = self.setting, "task"
+        try:
+            Method.check_labels(self, y)
+        finally:
+            self.setting = setting
 
     def logits(self, x: Tensor, task: int) -> Tensor:
         """The outputs [N, classes of the task]."""

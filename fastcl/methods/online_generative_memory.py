@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..nn import VAE, WGAN, Replay, layer_inputs, make_generator, mlp, project_step
-from .method import Batches, Generative, Method
-
-if TYPE_CHECKING:
-    from ..streams import Stream, Task
+from ..nn import VAE, WGAN, Replay, layer_inputs, project_step
+from .method import Replaying
 
 
-class OnlineGenerativeMemory(Generative):
+class OnlineGenerativeMemory(Replaying):
     r"""Online generative memory (Skorokhodov 2019): no step may change what the network says of remembered images.
 
     Before each step the generator's snapshot from the last task makes a batch x'. Three modes:
@@ -78,60 +75,31 @@ class OnlineGenerativeMemory(Generative):
         self.mode, self.remembered, self.steps, self.weight = mode, remembered, steps, weight
         self.rate = options.get("lr", 1e-3) if rate is None else rate
         self.projection = {"eps": eps, "ball": ball, "radius": radius}
-        self.replay = Replay(generator, generator_lr, critic_steps)
+        self.memory_of = Replay(generator, generator_lr, critic_steps)
         self.shown: list[Tensor] = []
-
-    @classmethod
-    def build(
-        cls,
-        stream: Stream,
-        *,
-        hidden: tuple[int, ...] = (400, 400),
-        latent: int = 100,
-        generator: str = "vae",
-        beta: float | None = None,
-        seed: int = 0,
-        **options: Any,
-    ) -> Method:
-        """`generator`, `beta`: as for :func:`fastcl.nn.make_generator`."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = mlp(stream.input_shape, hidden, stream.n_outputs)
-            made = make_generator(generator, stream.input_shape, stream.n_outputs, hidden, latent, beta)
-        return cls(model, made, setting=stream.setting, **options)
-
-    @property
-    def generator(self) -> VAE | WGAN:
-        return self.replay.generator
-
-    def begin_task(self, task: Task) -> None:
-        super().begin_task(task)
-        self.replay.generator.to(next(self.model.parameters()).device)
-        self.replay.begin_task(task.classes)
 
     def observe(self, x: Tensor, y: Tensor) -> float:
         self.check_labels(y)
-        if self.replay.previous is None:
+        if self.memory_of.previous is None:
             value = super().observe(x, y)
-            self.replay.learn(x, y)
+            self.memory_of.learn(x, y)
             return value
-        images, _ = self.replay.sample(self.remembered)
+        images, _ = self.memory_of.sample(self.remembered)
         value = getattr(self, f"_{self.mode}")(x, y, images)
-        old = self.replay.sample(len(x))
-        self.replay.learn(x, y, old, 1 / len(self.tasks))
+        old = self.memory_of.sample(len(x))
+        self.memory_of.learn(x, y, old, 1 / len(self.tasks))
         return value
 
     def _said(self, images: Tensor) -> Tensor:
         """The outputs of all classes seen: of old images also what is said of the new ones must stay."""
-        return self.model(images)[:, sorted({c for task in self.tasks for c in task})]
+        return self.model(images)[:, self.seen]
 
     def _lookahead(self, x: Tensor, y: Tensor, images: Tensor) -> float:
         params = dict(self.model.named_parameters())
-        seen = sorted({c for task in self.tasks for c in task})
         for _ in range(self.steps):
             gradients = torch.autograd.grad(self.loss(x, y), [*params.values()], create_graph=True)
             ahead = {name: p - self.rate * g for (name, p), g in zip(params.items(), gradients, strict=True)}
-            change = self._said(images) - functional_call(self.model, ahead, (images,))[:, seen]
+            change = self._said(images) - functional_call(self.model, ahead, (images,))[:, self.seen]
             down = torch.autograd.grad(change.square().sum(1).mean(), [*params.values()])
             with torch.no_grad():
                 for p, g in zip(params.values(), down, strict=True):
@@ -153,20 +121,3 @@ class OnlineGenerativeMemory(Generative):
         value = super().observe(x, y)
         project_step(self.model, before, inputs, **self.projection)
         return value
-
-    def end_task(self, batches: Batches) -> None:
-        self.shown.append(self.generate(100)[0].cpu())
-
-    def generate(self, n: int) -> tuple[Tensor, Tensor]:
-        """As :meth:`Generative.generate`; what an image is meant to be is, of a generator without classes, what the
-        network takes it for."""
-        x, y = self.replay.show(n)
-        return x, self.predict(x) if y is None else y
-
-    def extra_state(self) -> dict[str, Any]:
-        return {"replay": self.replay.state_dict(), "shown": self.shown}
-
-    def load_extra_state(self, state: dict[str, Any]) -> None:
-        self.replay.generator.to(next(self.model.parameters()).device)
-        self.replay.load_state_dict(state["replay"])
-        self.shown = list(state["shown"])

@@ -4,6 +4,7 @@ from .bridge import Bridge, compose
 from .convert import capacity, plot_capacity, reserved_masks, to_masked, to_plain
 from .distill import distillation
 from .dynamic import DynamicGenerator
+from .exemplars import Exemplars, herd
 from .gan import (
     DCGAN,
     WGAN,
@@ -38,7 +39,7 @@ from .mlp import mlp
 from .nflae import learn_features
 from .plan import Plan, trace
 from .projection import layer_inputs, project_onto_outputs, project_step
-from .replay import Exemplars, Replay, herd, make_generator
+from .replay import Replay, make_generator
 from .schedules import dgm_scale, hat_scale
 from .simplenet import SimpleNet
 from .vae import VAE, ConditionalVAE, GaussianVAE

@@ -43,7 +43,7 @@ class ConditionalBatchNorm2d(nn.Module):
         super().__init__()
         self.norm = nn.BatchNorm2d(features, affine=False)
         self.scale, self.shift = nn.Embedding(n_classes, features), nn.Embedding(n_classes, features)
-        # apart from the start: classes that begin alike take hundreds of steps to part
+        # drawn, not 1 and 0: the classes differ from the first step on
         nn.init.normal_(self.scale.weight, 1.0, 0.3)
         nn.init.normal_(self.shift.weight, 0.0, 0.5)
 

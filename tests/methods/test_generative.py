@@ -198,9 +198,9 @@ def test_online_memory_holds_what_is_said_of_remembered_images(
         run_tasks(learner, STREAM, 1, steps=8)
         learner.begin_task(STREAM.tasks[1])
         torch.manual_seed(1)
-        images, zeros = learner.replay.sample(16)
-        monkeypatch.setattr(learner.replay, "sample", lambda n, i=images, z=zeros: (i, z))
-        monkeypatch.setattr(learner.replay, "learn", lambda *args: None)
+        images, zeros = learner.memory_of.sample(16)
+        monkeypatch.setattr(learner.memory_of, "sample", lambda n, i=images, z=zeros: (i, z))
+        monkeypatch.setattr(learner.memory_of, "learn", lambda *args: None)
         if not active:
             monkeypatch.setattr(learner, f"_{mode}", lambda x, y, i, f=learner: Method.observe(f, x, y))
         said = learner.model(images).detach()
