@@ -318,7 +318,7 @@ def table(name: str, experiments: list[Experiment], done: dict[str, dict[str, An
         f"`python bench/experiments.py {name}`: real MNIST, means over seeds (± standard deviation).",
     ]
     text += ["Average accuracy over all tasks after the last one, forgetting as in Chaudhry et al. 2018.", described]
-    text.append("Seconds are processor time of one thread, for the whole run with its tests.")
+    text.append("Seconds are of one thread, tests included; until 2026-11-21 of the wall, then of the processor.")
     if name in AFTER:
         text.append("After t: accuracy on real test images of the classes seen so far; of generated: how often a")
         text.append(
