@@ -1,4 +1,7 @@
-"""A benchmark JSON as a markdown table: python bench/report.py out.json bench/results/NAME.md"""
+"""A benchmark JSON as a markdown table: python bench/report.py out.json bench/results/NAME.md
+
+README and the ops' pages quote these tables: `python bench/speeds.py` afterwards.
+"""
 
 from __future__ import annotations
 

@@ -1,13 +1,19 @@
-"""Every example in a docstring runs and prints what it says; README's code runs and its tables name real ops."""
+"""Every example in a docstring runs and prints what it says; the pages' code runs, in Python and in C++, their excerpts
+stand in the sources, their links lead somewhere, their figures are bench/results'."""
 
 from __future__ import annotations
 
 import doctest
 import importlib
 import importlib.util
+import os
 import pkgutil
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,6 +22,7 @@ from torch import nn
 
 import fastcl
 from fastcl import _ops, streams
+from fastcl.methods import METHODS
 
 from .conftest import ROOT
 
@@ -100,3 +107,148 @@ def test_readmes_loop_runs() -> None:
     before = [p.detach().clone() for p in scope["model"].parameters()]
     exec(code, scope | {"tasks": [Task(scope["loader"]), Task(scope["loader"])]})
     assert not all(torch.equal(p, b) for p, b in zip(scope["model"].parameters(), before, strict=True))
+
+
+# ---- the pages beside the code ----
+
+PAGES = [ROOT / "fastcl" / "ops" / "README.md", *sorted((ROOT / "fastcl" / "ops").glob("*/README.md"))]
+PAGES += [ROOT / "fastcl" / "methods" / "README.md", ROOT / "csrc" / "README.md"]
+BLOCK = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```", re.DOTALL | re.MULTILINE)  # language, file of an excerpt, code
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """What a reader would run: excerpts of files are left out."""
+    return [code for what, path, code in BLOCK.findall(page.read_text()) if what == language and not path]
+
+
+def page_id(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_pages_code_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in METHODS:
+        monkeypatch.setitem(METHODS, name, METHODS[name])
+    scope, before = names(), dict(METHODS)
+    try:
+        for code in blocks(page, "python"):
+            exec(compile(code, page_id(page), "exec"), scope)
+    finally:
+        METHODS.clear()
+        METHODS.update(before)  # a page may add one
+
+
+def test_every_op_has_its_page() -> None:
+    for name in fastcl.ops.__all__:
+        stem = getattr(fastcl.ops, name).__module__.split(".")[2]
+        assert f"`{name}" in (ROOT / "fastcl" / "ops" / stem / "README.md").read_text(), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_pages_excerpts_stand_in_their_files(page: Path) -> None:
+    for _, path, code in BLOCK.findall(page.read_text()):
+        assert not path or code in (ROOT / path).read_text(), (path, code)
+
+
+@pytest.mark.parametrize("page", [*PAGES, *(ROOT / n for n in ("README.md", "CONTRIBUTING.md"))], ids=page_id)
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", BLOCK.sub("", page.read_text()))
+    here = [target for target in targets if "://" not in target]
+    assert [target for target in here if not (page.parent / target).exists()] == []
+
+
+compiles = pytest.mark.skipif(
+    _ops.pure_python or os.name == "nt" or shutil.which("g++") is None, reason="needs g++ and the kernels"
+)
+
+
+def compile_cpp(source: Path, target: Path, *options: str) -> None:
+    """As fastcl/ops/README.md and csrc/README.md say it."""
+    home = Path(torch.__file__).parent
+    command = ["g++", "-std=c++17", "-O0", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{home / 'include'}"]
+    command += [str(source), "-o", str(target), f"-L{home / 'lib'}", f"-Wl,-rpath,{home / 'lib'}", *options]
+    done = subprocess.run([*command, "-ltorch_cpu", "-lc10"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@compiles
+def test_extensions_of_the_pages(tmp_path: Path) -> None:
+    """All of them as one file, so that torch's headers are compiled once."""
+    files = []
+    for page in PAGES[1:6]:
+        (code,) = blocks(page, "cpp")
+        files.append(tmp_path / f"{page.parent.name}.h")
+        files[-1].write_text(code)
+    (tmp_path / "mine.cpp").write_text("".join(f'#include "{file.name}"\n' for file in files))
+    compile_cpp(tmp_path / "mine.cpp", tmp_path / "mine.so", "-fPIC", "-shared")
+    torch.ops.load_library(str(tmp_path / "mine.so"))
+    mine = torch.ops.mine
+
+    g = torch.ones(3)
+    version = g._version
+    mine.freeze(g, torch.tensor([True, False, True]))
+    assert g.tolist() == [0.0, 1.0, 0.0]
+    assert g._version > version  # the guards of fastcl's op hold
+    with pytest.raises(RuntimeError):
+        mine.freeze(torch.nn.Parameter(torch.ones(3)), torch.ones(3, dtype=torch.bool))
+
+    e, same = (torch.tensor([-1.0, 2.0], requires_grad=True) for _ in range(2))
+    mine.gate(e, 3.0).sum().backward()
+    fastcl.ops.annealed_mask(same, 3.0).sum().backward()
+    assert torch.equal(e.grad, same.grad)
+
+    g, a, fisher = torch.randn(5, 2), torch.randn(5, 3), torch.zeros(2, 3)
+    mine.add_fisher(fisher, g, a)
+    torch.testing.assert_close(fisher, (g.double().T.square() @ a.double().square()).float())
+
+    y, key = torch.tensor([0, 1]), torch.tensor([7])
+    means, factors = torch.randn(2, 4), torch.rand(2, 4)
+    assert torch.equal(mine.replay(y, means, factors, key), torch.ops.fastcl.gmm_sample(y, means, factors, key))
+
+    w = torch.tensor([-2.0, 0.5])
+    mine.shrink([w], 1.0)
+    assert w.tolist() == [-1.0, 0.0]
+
+
+@compiles
+def test_a_program_without_python(tmp_path: Path) -> None:
+    (code,) = blocks(ROOT / "csrc" / "README.md", "cpp")
+    (tmp_path / "main.cpp").write_text(code)
+    compile_cpp(tmp_path / "main.cpp", tmp_path / "main", "-ldl")
+    done = subprocess.run([tmp_path / "main", _ops.LIBRARY], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "-1 0 2\n"), done.stderr
+
+
+def bench(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_speeds_are_the_results() -> None:
+    speeds = bench("speeds")
+    assert all("<!-- speeds" in page.read_text() for page in speeds.PAGES)
+    assert speeds.stale() == [], "run python bench/speeds.py"
+
+
+def test_speeds_notices_another_figure() -> None:
+    speeds = bench("speeds")
+    text = next(page for page in speeds.PAGES if page.parent.name == "proximal").read_text()
+    assert speeds.filled(re.sub(r"eager \*\*[\d.]+", "eager **99.99", text)) == text
+
+
+def test_method_table_says_what_was_measured() -> None:
+    assert bench("method_table").wrong((ROOT / "fastcl" / "methods" / "README.md").read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "change", [("Serra et al.", "Sierra et al."), ("s_max=400.0", "s_max=800.0"), ("[59.6]", "[69.6]")]
+)
+def test_method_table_notices_another_word_or_figure(change: tuple[str, str]) -> None:
+    text = (ROOT / "fastcl" / "methods" / "README.md").read_text()
+    assert change[0] in text
+    (sentence,) = bench("method_table").wrong(text.replace(*change, 1))
+    assert change[1] in sentence
