@@ -111,8 +111,9 @@ def masks() -> Iterator[Experiment]:
 
 
 def growth() -> Iterator[Experiment]:
-    """DEN beside separately trained networks of the full size (one a task), joint training and fine-tuning."""
+    """DEN beside separate networks (one a task), joint training and fine-tuning; more sizes for the figure."""
     full = {"hidden": (312, 128)}
+    smaller = ({"hidden": (39, 16)}, {"hidden": (78, 32)}, {"hidden": (156, 64)})
     for scenario, rest, stages in (
         ("variation", {"epochs": 10, "tasks": 10}, {"split_epochs": 15}),
         ("permuted", {"epochs": 2, "tasks": 10}, {"head_epochs": 1, "expand_epochs": 1, "split_epochs": 3}),
@@ -123,6 +124,15 @@ def growth() -> Iterator[Experiment]:
         yield Experiment("separate networks", "separate", "task", scenario, full, rest, seeds)
         if scenario == "variation":
             yield Experiment("joint", "joint", "task", scenario, full, rest, seeds)
+            yield Experiment(
+                "DEN-Finetune", "den", "task", scenario, {**full, **stages}, {**rest, "finetune": 10}, seeds
+            )
+            for size in smaller:
+                yield Experiment("DEN", "den", "task", scenario, {**size, **stages}, rest, seeds)
+                again = {**rest, "finetune": 10}
+                yield Experiment("DEN-Finetune", "den", "task", scenario, {**size, **stages}, again, seeds)
+                yield Experiment("separate networks", "separate", "task", scenario, size, rest, seeds)
+                yield Experiment("joint", "joint", "task", scenario, size, rest, seeds)
 
 
 def neurogenesis() -> Iterator[Experiment]:
@@ -206,6 +216,9 @@ TABLES: dict[str, Callable[[], Iterator[Experiment]]] = {
 AFTER = {"neurogenesis": (1, 2, 3, 4, 5), "generative": (5, 10)}
 
 
+FULL = (None, (312, 128))  # other sizes are for the figure over capacity: no pictures of their own
+
+
 def run(job: tuple[str, dict[str, Any], str]) -> dict[str, Any]:
     key, arguments, data_root = job
     import time
@@ -213,6 +226,7 @@ def run(job: tuple[str, dict[str, Any], str]) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(1)
+    from fastcl.metrics import forgetting
     from fastcl.runner import Config, Run
 
     if arguments["method"] == "separate":
@@ -220,8 +234,14 @@ def run(job: tuple[str, dict[str, Any], str]) -> dict[str, Any]:
             "key": key,
             **separate(Config(data="mnist", data_root=data_root, **{**arguments, "method": "finetune"})),
         }
+    finetune = arguments.pop("finetune", 0)
     learner = Run(Config(data="mnist", data_root=data_root, **arguments))
     result = learner.train()
+    if finetune:
+        learner.learner.finetune(learner.stream.tasks, finetune)
+        last = [learner._accuracy(task, restrict=True) for task in learner.stream.tasks]
+        accuracy = [*result["accuracy"][:-1], last]
+        result |= {"accuracy": accuracy, "average_accuracy": statistics.mean(last), "forgetting": forgetting(accuracy)}
     kept = ("average_accuracy", "forgetting", "accuracy", "acc_generated", "parameters", "memory", "seconds")
     kept += ("versions",)
     # of the processor, not of the wall: the same whatever else runs here
@@ -229,7 +249,8 @@ def run(job: tuple[str, dict[str, Any], str]) -> dict[str, Any]:
     if hasattr(learner.learner, "parameters_used"):
         line["parameters"] = learner.learner.parameters_used()
     for picture in ("plot_growth", "plot_generated", "plot_occupancy"):
-        if hasattr(learner.learner, picture) and arguments["seed"] == 0 and arguments["method"] != "hat":
+        drawn = arguments["seed"] == 0 and arguments["method"] != "hat" and arguments["options"].get("hidden") in FULL
+        if hasattr(learner.learner, picture) and drawn:
             label = re.sub(r"[^a-z]+", "-", json.loads(key)["label"].lower()).strip("-")
             name = f"{label}-{arguments['scenario']}-{picture.removeprefix('plot_')}.png"
             getattr(learner.learner, picture)(RESULTS / name)
@@ -306,6 +327,8 @@ def main() -> None:
     (RESULTS / f"{arguments.table}.md").write_text(table(arguments.table, experiments, read(lines)))
     if arguments.table == "exactness":
         over_lambda(experiments, read(lines), RESULTS / "exactness.png")
+    if arguments.table == "growth":
+        over_capacity(experiments, read(lines), RESULTS / "den-variation-capacity.png")
 
 
 def table(name: str, experiments: list[Experiment], done: dict[str, dict[str, Any]]) -> str:
@@ -379,6 +402,35 @@ def over_lambda(experiments: list[Experiment], done: dict[str, dict[str, Any]], 
         )
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(title="Fisher", frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def over_capacity(experiments: list[Experiment], done: dict[str, dict[str, Any]], path: Path) -> None:
+    """DEN's figure on MNIST-Variation: accuracy over parameters, for every size that each way was begun with."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    colours = {"separate networks": "#7a7a7a", "joint": "#c0563f", "DEN": "#2a7f62", "DEN-Finetune": "#3b6fb6"}
+    for label, colour in colours.items():
+        points = []
+        for e in experiments:
+            runs = [done[e.key(n)] for n in range(e.seeds) if e.key(n) in done]
+            if e.label == label and e.scenario == "variation" and runs:
+                accuracy = [100 * r["average_accuracy"] for r in runs]
+                points.append((statistics.mean(r["parameters"] for r in runs) / 1e6, accuracy))
+        points.sort()
+        if points:
+            x = [p[0] for p in points]
+            axis.plot(x, [statistics.mean(p[1]) for p in points], "o-", color=colour, label=label)
+            axis.fill_between(x, [min(p[1]) for p in points], [max(p[1]) for p in points], color=colour, alpha=0.15)
+    axis.set(
+        xscale="log", xlabel="parameters, millions", ylabel="average accuracy, %", title="MNIST-Variation, ten tasks"
+    )
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
     figure.savefig(path, dpi=130)
 
 

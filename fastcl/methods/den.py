@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ class DEN(ByTask):
     - *Timestamps*: a unit knows the task that added it; task t is answered by units up to t.
 
     Weights outside the selection keep every bit (MaskedAdam). `reports` says for every task what each stage did.
+    :meth:`finetune` is the paper's DEN-Finetune.
 
     Args:
         model: Linear layers and ReLUs in order, as :func:`fastcl.nn.mlp` makes them, an output for each class of the
@@ -110,8 +111,11 @@ class DEN(ByTask):
         return F.linear(h, head.weight[rows], None if head.bias is None else head.bias[rows])
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        classes = torch.tensor(self.tasks[-1], device=y.device)
-        return F.cross_entropy(self.logits(x, len(self.tasks) - 1), torch.searchsorted(classes, y))
+        return self._loss_of(x, y, len(self.tasks) - 1)
+
+    def _loss_of(self, x: Tensor, y: Tensor, task: int) -> Tensor:
+        classes = torch.tensor(self.tasks[task], device=y.device)
+        return F.cross_entropy(self.logits(x, task), torch.searchsorted(classes, y))
 
     # ---- one stage of training: which entries move, under which terms ----
 
@@ -323,6 +327,36 @@ class DEN(ByTask):
         return found
 
     # ---- what came of it ----
+
+    def finetune(self, tasks: Sequence[Task], epochs: int) -> None:
+        """DEN-Finetune: the network that the stream has grown, retrained on every task's data at once.
+
+        What its structure is worth where data may be kept; every weight moves, a task's units stay its own.
+
+        Args:
+            tasks: all that have ended, in their order.
+            epochs: passes over all their data.
+
+        Raises:
+            ValueError: other tasks than those, or no epochs.
+        """
+        if [tuple(task.classes) for task in tasks] != [tuple(classes) for classes in self.tasks] or epochs < 1:
+            raise ValueError(
+                f"finetune: {len(tasks)} tasks and {epochs} epochs, but it needs the {len(self.tasks)} that have "
+                "ended, in their order, and at least one epoch"
+            )
+        self._stage(None)
+        device = next(self.model.parameters()).device
+        data = [tuple(part.to(device) for part in self.training_data(task)) for task in tasks]
+        for _ in range(epochs):
+            parts = [(t, part) for t, (x, _) in enumerate(data) for part in torch.randperm(len(x)).split(128)]
+            for i in torch.randperm(len(parts)).tolist():
+                t, part = parts[i]
+                x, y = data[t]
+                self.optimizer.zero_grad(set_to_none=False)
+                self._loss_of(x[part], y[part], t).backward()
+                self.optimizer.step()
+        self._stage(None, l1=self.l1)
 
     def parameters_used(self) -> int:
         """Weights and biases of the hidden layers and of the outputs of the tasks so far."""

@@ -173,6 +173,22 @@ def test_resumes_with_its_grown_network(tmp_path: Path) -> None:
     assert len(done.learner.reports) == 2
 
 
+def test_finetune_lowers_every_task_s_loss() -> None:
+    den = trained(learner(), 2, epochs=1)
+    tasks = STREAM.tasks[:2]
+
+    def losses() -> list[float]:
+        with torch.no_grad():
+            return [den._loss_of(*task.train(), t).item() for t, task in enumerate(tasks)]
+
+    before, stamps = losses(), [s.clone() for s in den.stamps]
+    den.finetune(tasks, 3)
+    assert all(now < then for now, then in zip(losses(), before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(den.stamps, stamps, strict=True))
+    with pytest.raises(ValueError, match="3 tasks and 1 epochs"):
+        den.finetune(STREAM.tasks, 1)
+
+
 def test_picture(tmp_path: Path) -> None:
     trained(learner(), 3).plot_growth(tmp_path / "growth.png")
     assert (tmp_path / "growth.png").stat().st_size > 5000
