@@ -36,7 +36,12 @@ class CheckpointError(ValueError):
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """`data` under a temporary name in the same folder, flushed to disk, then renamed."""
+    """`data` under a temporary name in the same folder, flushed to disk, then renamed.
+
+    Example:
+        >>> write_atomically(folder / "result.json", b"{}"); (folder / "result.json").read_bytes()
+        b'{}'
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=path.name + ".", suffix=".tmp", dir=path.parent)
     try:
@@ -121,6 +126,10 @@ def load(folder: str | Path, *, previous: bool = False) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, truncated, altered, of a later version or of another format; says which, and whether
             the previous checkpoint can be read.
+
+    Example:
+        >>> save(folder / "run", {"weight": torch.ones(2)}); load(folder / "run")
+        {'weight': tensor([1., 1.])}
     """
     folder = Path(folder)
     if previous:

@@ -7,6 +7,8 @@ import inspect
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +24,8 @@ except ImportError as error:
 
 import torch
 
-from . import __version__, build_info
+from . import __version__, build_info, streams
+from ._paths import check_outputs
 from .checkpoint import write_atomically
 from .methods import METHODS
 from .runner import Config, Run
@@ -33,19 +36,48 @@ PICTURES = {"plot_occupancy": "-masks", "plot_growth": "-growth", "plot_generate
 
 
 def main() -> None:
-    """Entry point. Bad input: one sentence on stderr, exit status 2, nothing written. Ctrl-C: status 130."""
+    """Entry point. An error is one sentence on stderr. Status 2: bad input, nothing written; 1: the disk failed in the
+    middle (full, gone); 130: Ctrl-C."""
     try:
         app()
-    except _BadInput as error:
+    except _Stopped as error:
         print(f"fastcl: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.status)
     except KeyboardInterrupt:
-        print("fastcl: interrupted; `--resume` continues from the last epoch in --checkpoint", file=sys.stderr)
+        print("fastcl: interrupted", file=sys.stderr)
         sys.exit(130)
 
 
-class _BadInput(Exception):
-    pass
+class _Stopped(Exception):
+    status = 1
+
+
+class _BadInput(_Stopped):
+    status = 2
+
+
+class _Interrupted(_Stopped):
+    status = 130
+
+
+@contextmanager
+def _explained(checkpoint: Path | None) -> Iterator[None]:
+    """Ctrl-C and disk errors as one sentence that says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:  # typer would leave without a word
+        raise _Interrupted(f"interrupted; {_going_on(checkpoint)}") from None
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise _Stopped(f"{error.strerror or error}{where}; {_going_on(checkpoint)}") from None
+
+
+def _going_on(checkpoint: Path | None) -> str:
+    if checkpoint is None:
+        return "nothing to go on from: --checkpoint keeps one, --resume continues from it"
+    if not (checkpoint / "state.json").exists():
+        return f"--resume has nothing to go on from: no epoch has ended in {checkpoint}"
+    return f"the same command with --resume continues from the last epoch in {checkpoint}"
 
 
 @app.command()
@@ -67,6 +99,7 @@ def run(
     plot: Annotated[Path | None, typer.Option(help="Draw the result (png, pdf, svg).")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Folder for a checkpoint after every epoch.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from --checkpoint.")] = False,
+    previous: Annotated[bool, typer.Option("--previous", help="Continue from the one before it.")] = False,
 ) -> None:
     """Train METHOD on a stream of tasks and report its accuracy on each."""
     if threads is not None:
@@ -75,23 +108,28 @@ def run(
         torch.set_num_threads(threads)
     if plot is not None and plot.suffix not in (".png", ".pdf", ".svg"):
         raise _BadInput(f"plot is {plot} but must end in .png, .pdf or .svg")
-    for name, path in (("out", out), ("plot", plot)):
-        if path is not None and path.is_dir():
-            raise _BadInput(f"{name} is the folder {path} but must be a file")
-    config = Config(
-        method, data, data_root, scenario, setting, tasks, epochs, batch_size, lr, seed, device,
-        _options(method, option or []),
-    )  # fmt: skip
-    run = _prepare(config, checkpoint, resume)
-    result = _train(run)
-    console.print(_matrix_table(result))
-    if out is not None:
-        write_atomically(out, (json.dumps(result, indent=1) + "\n").encode())
-    if plot is not None:
-        _plots().result_picture(result, plot)
-        for own, suffix in PICTURES.items():
-            if hasattr(run.learner, own):
-                getattr(run.learner, own)(plot.with_stem(plot.stem + suffix))
+    with _explained(checkpoint):
+        config = Config(
+            method, data, data_root, scenario, setting, tasks, epochs, batch_size, lr, seed, device,
+            _options(method, option or []),
+        )  # fmt: skip
+        if plot is not None:
+            _plots()  # whether it can be drawn, before training
+        _check_outputs(config, {"out": out, "plot": plot}, {"checkpoint": checkpoint})
+        run = _prepare(config, checkpoint, resume=resume or previous, previous=previous)
+        if previous:
+            print(
+                f"fastcl: goes on from the previous checkpoint: task {run.task + 1}, epoch {run.epoch}", file=sys.stderr
+            )
+        result = _train(run)
+        console.print(_matrix_table(result))
+        if out is not None:
+            write_atomically(out, (json.dumps(result, indent=1) + "\n").encode())
+        if plot is not None:
+            _plots().result_picture(result, plot)
+            for own, suffix in PICTURES.items():
+                if hasattr(run.learner, own):
+                    getattr(run.learner, own)(plot.with_stem(plot.stem + suffix))
 
 
 @app.command()
@@ -120,6 +158,10 @@ def demo(
 ) -> None:
     """Fine-tuning, EWC and joint training on real digits (and on MNIST where it is): a table and a picture."""
     root = _find_mnist(data_root)
+    try:
+        check_outputs({"out": out / "demo.json", "plot": out / "demo.png"})
+    except (ValueError, OSError) as error:
+        raise _BadInput(str(error)) from None
     # strengths: the best of 10^1..10^5 on these streams, seed 0
     streams = [
         Config("", "digits", scenario="permuted", setting="task", options={"strength": 100.0}),
@@ -149,11 +191,29 @@ def demo(
     console.print(f"Picture: {out / 'demo.png'}")
 
 
-def _prepare(config: Config, folder: Path | None = None, resume: bool = False) -> Run:
+def _check_outputs(config: Config, files: dict[str, Path | None], folders: dict[str, Path | None]) -> None:
     try:
-        return Run(config, folder, resume=resume)
-    except (ValueError, FileNotFoundError, ImportError) as error:
+        check_outputs(files, folders, streams.files(config.data, config.data_root))
+    except (ValueError, OSError) as error:
         raise _BadInput(str(error)) from None
+
+
+def _prepare(config: Config, folder: Path | None = None, **how: bool) -> Run:
+    try:
+        return Run(config, folder, **how)
+    except (ValueError, OSError, ImportError) as error:
+        raise _BadInput(_one_line(error)) from None
+    except Exception as error:
+        if not config.options and config.seed == 0:
+            raise  # nobody's bad input: a fault of ours
+        given = ", ".join(f"{key}={value!r:.60}" for key, value in {**config.options, "seed": config.seed}.items())
+        raise _BadInput(
+            f"{config.method} cannot be built with {given}: {type(error).__name__}: {_one_line(error)}"
+        ) from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split("\nException raised from", 1)[0].split())
 
 
 def _train(run: Run) -> dict[str, Any]:
@@ -205,10 +265,13 @@ def _typed(key: str, text: str, default: Any) -> Any:
         return text
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # literal_eval's, by its manual
         value = text
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            raise _BadInput(f"option {key} is an integer of {len(text)} digits but must fit a float") from None
     if default is not None and type(value) is not type(default):
         raise _BadInput(f"option {key} is {text!r} but must be of type {type(default).__name__}, like {default!r}")
     return value

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import __version__, checkpoint, metrics, streams
+from .checkpoint import CheckpointError
 from .methods import METHODS, Generative, Method
 from .nn import mlp
 
@@ -77,6 +78,7 @@ class Run:
         config: what to run.
         folder: keep a checkpoint there, written after every epoch.
         resume: continue from it.
+        previous: with `resume`: from the checkpoint before the last one.
 
     Raises:
         ValueError, FileNotFoundError: whatever is wrong with `config`, the data or the checkpoint, before training.
@@ -87,7 +89,9 @@ class Run:
         ['acc_generated', 'accuracy', 'average_accuracy']
     """
 
-    def __init__(self, config: Config, folder: str | Path | None = None, *, resume: bool = False) -> None:
+    def __init__(
+        self, config: Config, folder: str | Path | None = None, *, resume: bool = False, previous: bool = False
+    ) -> None:
         self.config = config.resolved()
         c = self.config
         self.stream = streams.make(streams.load(c.data, c.data_root), c.scenario, c.setting, c.tasks, c.seed)
@@ -106,7 +110,7 @@ class Run:
         if resume:
             if self.folder is None:
                 raise ValueError("resume needs checkpoint: the folder to continue from")
-            self._restore(checkpoint.load(self.folder))
+            self._restore(checkpoint.load(self.folder, previous=previous))
 
     def train(self, report: Report | None = None) -> dict[str, Any]:
         """Trains what is left and returns the result, the dict that `fastcl run` writes as result.json."""
@@ -170,18 +174,36 @@ class Run:
         )
 
     def _restore(self, state: dict[str, Any]) -> None:
+        wrong = f"the checkpoint in {self.folder}"
+        missing = {"config", "learner", "task", "epoch", "shuffle", "rng", "accuracy", "untrained", "seconds"} - set(
+            state
+        )
+        if missing or not isinstance(state["config"], dict):
+            raise CheckpointError(f"{wrong} is not of a run: it has no {', '.join(sorted(missing)) or 'config'}")
         mine, its = self._identity(), state["config"]
         for key, value in mine.items():
             theirs = its.get(key)
             if value != theirs:
-                raise ValueError(f"{key} is {value!r} but the checkpoint in {self.folder} was made with {theirs!r}")
-        self.learner.load_state_dict(state["learner"])
+                raise ValueError(f"{key} is {value!r} but {wrong} was made with {theirs!r}")
+        task, epoch = state["task"], state["epoch"]
+        if not (
+            type(task) is type(epoch) is int and 0 <= task <= len(self.stream.tasks) and 0 <= epoch <= mine["epochs"]
+        ):
+            raise CheckpointError(f"{wrong} is of task {task!r}, epoch {epoch!r}, which this run does not have")
+        if not isinstance(state["accuracy"], list) or len(state["accuracy"]) != task:
+            raise CheckpointError(f"{wrong} is of task {task} but its accuracies are {state['accuracy']!r:.60}")
+        rng = torch.get_rng_state()
+        try:
+            self.learner.load_state_dict(state["learner"])
+            self.shuffle.set_state(state["shuffle"])
+            torch.set_rng_state(state["rng"])
+        except (ValueError, RuntimeError, TypeError) as error:
+            torch.set_rng_state(rng)
+            raise CheckpointError(f"{wrong} does not fit: {error}") from None
         self.learner.resume_tasks(self.stream.tasks)
         self.learner.model.train()
-        self.task, self.epoch, self.seconds = state["task"], state["epoch"], state["seconds"]
+        self.task, self.epoch, self.seconds = task, epoch, state["seconds"]
         self.accuracy, self.untrained = state["accuracy"], state["untrained"]
-        self.shuffle.set_state(state["shuffle"])
-        torch.set_rng_state(state["rng"])
 
     def _acc_generated(self, images: int = 1000) -> float | None:
         """How often a classifier trained on the stream's real data names the generated images as they are meant.

@@ -61,17 +61,35 @@ def _digits(root: str | Path | None) -> Data:
     return Data("digits", x[~test], y[~test], x[test], y[test], 10)
 
 
-def _mnist(root: str | Path | None) -> Data:
+def files(name: str, root: str | Path | None = None) -> list[Path]:
+    """The files that :func:`load` would read, those that are there."""
+    return [path for path in _mnist_files(root)[1] if path is not None] if name == "mnist" else []
+
+
+STEMS = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+
+
+def _mnist_files(root: str | Path | None) -> tuple[list[Path], list[Path | None]]:
+    """Where MNIST is looked for, and its four files or None."""
     root = Path(root if root is not None else os.environ.get("FASTCL_DATA", "data/mnist"))
+    if "\0" in str(root):
+        raise ValueError(f"data_root is {str(root)!r} but must have no NUL in it")
     folders = [root, root / "MNIST" / "raw", root / "raw", root / "mnist"]
-    parts = []
-    for stem in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+    found = []
+    for stem in STEMS:
         names = [stem + "-ubyte", stem + "-ubyte.gz", stem.replace("-idx", ".idx") + "-ubyte"]
-        found = next((f / n for f in folders for n in names if (f / n).is_file()), None)
-        if found is None:
+        found.append(next((f / n for f in folders for n in names if (f / n).is_file()), None))
+    return folders, found
+
+
+def _mnist(root: str | Path | None) -> Data:
+    folders, found = _mnist_files(root)
+    parts = []
+    for stem, path in zip(STEMS, found, strict=True):
+        if path is None:
             looked = ", ".join(str(folder) for folder in folders)
             raise FileNotFoundError(f"data 'mnist': no {stem}-ubyte[.gz] in {looked}: give its folder as --data-root")
-        parts.append((found, read_idx(found)))
+        parts.append((path, read_idx(path)))
     images, labels = _pair(*parts[0], *parts[1]), _pair(*parts[2], *parts[3])
     return Data("mnist", *images, *labels, 10)
 
