@@ -14,6 +14,10 @@ def accuracy_matrix(accuracy: Matrix) -> np.ndarray:
 
     Raises:
         ValueError: not square, empty, or a value outside [0, 1] or NaN.
+
+    Example:
+        >>> accuracy_matrix([[0.9, 0.1], [0.8, 0.7]]).shape
+        (2, 2)
     """
     r = np.asarray(accuracy, dtype=np.float64)
     if r.ndim != 2 or r.shape[0] != r.shape[1] or r.size == 0:

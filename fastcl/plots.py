@@ -22,7 +22,13 @@ COLOURS = ("#9a9a9a", "#2a7f62", "#3b6fb6", "#c0563f", "#7d5ba6", "#b8872b", "#4
 
 
 def result_picture(result: dict[str, Any], path: str | Path) -> None:
-    """The accuracy matrix of one run and, beside it, each task's accuracy over time."""
+    """The accuracy matrix of one run and, beside it, each task's accuracy over time.
+
+    Example:
+        >>> result_picture(result, folder / "a.png")
+        >>> (folder / "a.png").stat().st_size > 1000
+        True
+    """
     accuracy = np.array(result["accuracy"])
     with plt.rc_context(_STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), width_ratios=(1, 1.25), layout="constrained")
@@ -37,7 +43,13 @@ def result_picture(result: dict[str, Any], path: str | Path) -> None:
 
 
 def comparison_picture(results: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """For every stream in `results`: each method's mean accuracy on the tasks seen so far, as tasks go by."""
+    """For every stream in `results`: each method's mean accuracy on the tasks seen so far, as tasks go by.
+
+    Example:
+        >>> comparison_picture([result], folder / "a.png")
+        >>> (folder / "a.png").stat().st_size > 1000
+        True
+    """
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for result in results:
         groups.setdefault((result["data"], result["scenario"], result["setting"]), []).append(result)

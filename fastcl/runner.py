@@ -30,7 +30,12 @@ Report = Callable[[int, int, int, int, float], None]  # task, epoch, batch, batc
 
 @dataclass(frozen=True)
 class Config:
-    """One run. None takes the data set's default."""
+    """One run. None takes the data set's default.
+
+    Example:
+        >>> Config("ewc", setting="task", options={"strength": 100.0}).resolved().epochs
+        15
+    """
 
     method: str
     data: str = "digits"

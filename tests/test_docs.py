@@ -4,14 +4,17 @@ stand in the sources, their links lead somewhere, their figures are bench/result
 from __future__ import annotations
 
 import doctest
+import functools
 import importlib
 import importlib.util
+import inspect
 import os
 import pkgutil
 import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -61,7 +64,23 @@ def names() -> dict[str, Any]:
         "criterion": criterion,
         "loss": criterion(model(x), y),
         "loader": [(x, y)],
+        "stream": digits(),
+        "batch": tuple(part[:32] for part in digits().tasks[0].train()),
+        "result": {
+            "method": "ewc",
+            "data": "digits",
+            "scenario": "split",
+            "setting": "task",
+            "accuracy": [[0.9, 0.5], [0.8, 0.7]],
+            "average_accuracy": 0.75,
+            "forgetting": 0.1,
+        },
     }
+
+
+@functools.cache
+def digits() -> streams.Stream:
+    return streams.make(streams.load("digits"), "split", "class")
 
 
 def examples(module: str) -> Iterator[doctest.DocTest]:
@@ -70,17 +89,48 @@ def examples(module: str) -> Iterator[doctest.DocTest]:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_examples(module: str) -> None:
+@pytest.mark.filterwarnings("ignore::fastcl.FallbackWarning")
+def test_examples(module: str, tmp_path: Path) -> None:
     for test in examples(module):
-        test.globs |= names() | {**vars(importlib.import_module(module)), **names()}
+        test.globs |= {**vars(importlib.import_module(module)), **names(), "folder": tmp_path}
         said: list[str] = []
         failed = doctest.DocTestRunner(optionflags=FLAGS).run(test, out=said.append).failed
         assert not failed, "".join(said)
 
 
-def test_every_public_op_has_an_example() -> None:
-    for name in fastcl.ops.__all__:
-        assert ">>>" in (getattr(fastcl.ops, name).__doc__ or ""), name
+# modules without __all__: what they define
+PUBLIC = ["fastcl", *(f"fastcl.{name}" for name in ("ops", "nn", "optim", "methods", "importance", "streams"))]
+PUBLIC += [f"fastcl.{name}" for name in ("metrics", "checkpoint", "plots", "runner")]
+
+
+def public() -> dict[str, Any]:
+    """Every public class and function, by its full name."""
+    found = {}
+    for module in map(importlib.import_module, PUBLIC):
+        own = [n for n, o in vars(module).items() if n[0] != "_" and getattr(o, "__module__", "") == module.__name__]
+        for name in getattr(module, "__all__", own):
+            thing = getattr(module, name)
+            if inspect.isclass(thing) or inspect.isfunction(thing):
+                found[f"{thing.__module__}.{thing.__qualname__}"] = thing
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(public()))
+def test_public_names_are_documented(name: str) -> None:
+    """A summary; what its tensors are; what it raises; an example (which test_examples runs)."""
+    thing = public()[name]
+    doc = thing.__doc__ or ""
+    assert doc.strip(), "a summary"
+    if inspect.isclass(thing) and issubclass(thing, Exception):
+        return
+    assert ">>>" in doc, "an Example"
+    if inspect.isclass(thing) and ("__init__" not in vars(thing) or is_dataclass(thing)):
+        return  # arguments are inherited, and so is their description
+    function = inspect.unwrap(thing.__init__ if inspect.isclass(thing) else thing)
+    if re.search(r"^\s+raise \w+Error", inspect.getsource(function), re.MULTILINE):
+        assert "Raises" in doc, "Raises"
+    if any("Tensor" in str(p.annotation) for p in inspect.signature(function).parameters.values()):
+        assert "Args" in doc or re.search(r"\[\w+(, [\w.*/ ]+)*\]", doc), "Args or shapes"
 
 
 README = (ROOT / "README.md").read_text()

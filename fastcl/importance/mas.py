@@ -78,6 +78,9 @@ class MAS(Regulariser):
         output: of :func:`fastcl.mas_importance`.
         dtype: store importances in torch.float32 (default) or torch.bfloat16.
 
+    Raises:
+        ValueError: a strength or alpha out of range, an unknown `merge` or `output`.
+
     Example:
         >>> mas = fastcl.MAS(model, strength=1.0)
         >>> loss.backward(); value = mas.add_gradients(); optimizer.step()   # after each task: mas.consolidate(loader)

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops._state import check_keys, check_number, check_tensor
 from .distributed import local, over_shards
+
+FLOATS = (torch.float32, torch.float64)
 
 
 class Regulariser:
@@ -20,6 +23,13 @@ class Regulariser:
     ``loss.backward()`` (one fused pass, faster). Memory does not grow with the number of tasks.
 
     A parameter that has grown since (a wider head) keeps its importances in its leading corner; new entries are free.
+
+    Raises:
+        ValueError: a strength that is negative or not finite, another dtype than those named.
+
+    Example:
+        >>> ewc = fastcl.EWC(model, strength=2.0); ewc.consolidate(loader); ewc.tasks, sorted(ewc.importances)
+        (1, ['0.bias', '0.weight', '2.bias', '2.weight'])
     """
 
     def __init__(self, model: nn.Module, strength: float, *, dtype: torch.dtype | None = None) -> None:
@@ -69,21 +79,54 @@ class Regulariser:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError, changing nothing, if `state` does not fit the model or is not a valid state."""
+        check_keys(state, self.state_dict())
+        vars(self).update(self._read(state))
+
+    def _read(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The attributes that a state stands for, all of them checked."""
         params = self._params()
         importances, anchors = state["importances"], state["anchors"]
+        for name in ("constant", "tasks"):
+            check_number(state[name], f"state.{name}")
+        for values in (importances, anchors):
+            if not isinstance(values, dict):
+                raise ValueError(f"state: importances and anchors must be dicts, got a {type(values).__name__}")
         if set(importances) != set(anchors) or not set(importances) <= set(params):
             raise ValueError(
                 f"state is of another model: it has importances for {sorted(set(importances) - set(params))[:3]} ..."
             )
-        for name, f in importances.items():
-            if any(a > b for a, b in zip(f.shape, params[name].shape, strict=True)) or f.shape != anchors[name].shape:
-                raise ValueError(
-                    f"state: {name} has shape {list(f.shape)} but the model's has {list(params[name].shape)}"
-                )
-            self._check(name, f)
-        self.importances = {k: v.detach().to(params[k].device, copy=True) for k, v in importances.items()}
-        self.anchors = {k: v.detach().to(params[k].device, params[k].dtype, copy=True) for k, v in anchors.items()}
-        self.constant, self.tasks = float(state["constant"]), int(state["tasks"])
+        self._check_sums(importances, "importances", floats=(self.dtype,) if self.dtype else FLOATS, positive=True)
+        self._check_sums(anchors, "anchors", like=importances)
+        return {
+            "importances": {k: v.detach().to(params[k].device, copy=True) for k, v in importances.items()},
+            "anchors": {k: v.detach().to(params[k].device, copy=True) for k, v in anchors.items()},
+            "constant": float(state["constant"]),
+            "tasks": int(state["tasks"]),
+        }
+
+    def _check_sums(
+        self,
+        values: Any,
+        where: str,
+        *,
+        floats: tuple[torch.dtype, ...] = (),
+        like: dict[str, Tensor] | None = None,
+        positive: bool = False,
+    ) -> None:
+        """Finite tensors for parameters, in their leading corners; of one of the dtypes `floats`, or the parameters'."""
+        check_keys(values, values if like is None else like, f"state.{where}")
+        params = self._params()
+        for name, t in values.items():
+            p = params[name]
+            check_tensor(t, None if like is None else like[name].shape, None, f"state.{where}: {name}")
+            if t.dim() != p.dim() or any(a > b for a, b in zip(t.shape, p.shape, strict=True)):
+                raise ValueError(f"state: {name} has shape {list(t.shape)} but the model's has {list(p.shape)}")
+            if t.dtype not in (floats or (p.dtype,)):
+                raise ValueError(f"state.{where}: {name} has dtype {t.dtype} but must have {(floats or (p.dtype,))[0]}")
+            if positive:
+                self._check(name, t)
+            elif not local([t])[0].isfinite().all():
+                raise ValueError(f"state.{where}: {name} has NaN or infinite values")
 
     def _params(self) -> dict[str, Tensor]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops._state import check_number
 from .distributed import largest, local
 from .path import PathRegulariser
 
@@ -30,12 +31,16 @@ class RWalk(PathRegulariser):
         epsilon: > 0.
         dtype: store importances in torch.float32 (default) or torch.bfloat16.
 
+    Raises:
+        ValueError: a strength, alpha, delta_t or epsilon out of range.
+
     Example:
         >>> rwalk = fastcl.RWalk(model, 1.0, optimizer)
         >>> loss.backward(); value = rwalk.add_gradients(); optimizer.step()   # after each task: rwalk.consolidate()
     """
 
     _sums = ("fisher", "gain", "moved", "score", "old_score")
+    _optional = ("old_score",)
 
     def __init__(
         self,
@@ -95,11 +100,9 @@ class RWalk(PathRegulariser):
         kept = {key: dict(getattr(self, key)) for key in ("fisher", "gain", "moved", "score", "old_score")}
         return {**super().state_dict(), **kept, "steps": self.steps}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        for key in ("fisher", "gain", "moved", "score", "old_score"):
-            setattr(self, key, {name: t.clone() for name, t in state[key].items()})
-        self.steps = state["steps"]
+    def _read(self, state: dict[str, Any]) -> dict[str, Any]:
+        check_number(state["steps"], "state.steps")
+        return {**super()._read(state), "steps": int(state["steps"])}
 
 
 def _to_maximum_1(values: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -25,6 +25,9 @@ class SI(PathRegulariser):
         xi: damping, > 0.
         dtype: store importances in torch.float32 (default) or torch.bfloat16.
 
+    Raises:
+        ValueError: a strength or xi out of range.
+
     Example:
         >>> si = fastcl.SI(model, 1.0, optimizer)
         >>> loss.backward(); value = si.add_gradients(); optimizer.step()    # after each task: si.consolidate()
@@ -71,7 +74,3 @@ class SI(PathRegulariser):
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "omega": dict(self.omega)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.omega = {name: t.clone() for name, t in state["omega"].items()}

@@ -44,6 +44,14 @@ class CLN(Generative):
         beta: weight of the KL; 1 loses the variety within a class (8 x 8 digits). vae_lr: Adam's, of the VAE. nflae_steps: of each layer's autoencoder.
         vae_from: ``classifier``, the seed's: the encoder starts from the classifier's trunk; or ``previous``.
         lr: Adam's, of the classifier.
+
+    Raises:
+        ValueError: an unknown `grow`, `vae_from` or `show`; numbers out of range.
+
+    Example:
+        >>> learner = CLN.build(stream, width=4, latent=6); learner.begin_task(stream.tasks[0])
+        >>> learner.observe(*batch) > 0
+        True
     """  # noqa: E501
 
     name = "cln"
@@ -326,21 +334,20 @@ class CLN(Generative):
             "reports": self.reports,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["method"] == self.name:
-            extra = state["extra"]
-            self._rebuild(extra["widths"], extra["outputs"])
-            self.optimizer = torch.optim.Adam(self.model.parameters(), self.lr)
-            self.vae = None
-            if extra["vae"] is not None:
-                encoder = SimpleNet(self.input_shape, 1, extra["vae_widths"])
-                self.vae = GaussianVAE(
-                    encoder.trunk(), encoder.head.in_features, extra["latent"], extra["classes"], self.input_shape
-                ).to(self._device)
-                self.vae.load_state_dict(extra["vae"])
-            self.old = None if extra["old"] is None else tuple(t.to(self._device) for t in extra["old"])
-            self.shown, self.reports = list(extra["shown"]), list(extra["reports"])
-        super().load_state_dict(state)
+    def _load(self, state: dict[str, Any]) -> None:
+        extra = state["extra"]
+        self._rebuild(extra["widths"], extra["outputs"])
+        self.optimizer = torch.optim.Adam(self.model.parameters(), self.lr)
+        self.vae = None
+        if extra["vae"] is not None:
+            encoder = SimpleNet(self.input_shape, 1, extra["vae_widths"])
+            self.vae = GaussianVAE(
+                encoder.trunk(), encoder.head.in_features, extra["latent"], extra["classes"], self.input_shape
+            ).to(self._device)
+            self.vae.load_state_dict(extra["vae"])
+        self.old = None if extra["old"] is None else tuple(t.to(self._device) for t in extra["old"])
+        self.shown, self.reports = list(extra["shown"]), list(extra["reports"])
+        super()._load(state)
 
     def _rebuild(self, widths: Sequence[int], outputs: int) -> None:
         """The classifier in the saved sizes; its weights come from the state."""

@@ -50,6 +50,14 @@ class DEN(ByTask):
             where they drifted to, for better (backward transfer) or worse.
         head_epochs, expand_epochs, split_epochs: passes over the task's data in eq. 3, 5 and each of 6's two.
         lr: Adam's.
+
+    Raises:
+        ValueError: a model that is not Linear layers in order; numbers out of range.
+
+    Example:
+        >>> learner = DEN.build(fastcl.streams.make(fastcl.streams.load("digits"), "split", "task"), hidden=(32,))
+        >>> learner.begin_task(stream.tasks[0]); learner.observe(*batch) > 0
+        True
     """  # noqa: E501
 
     name = "den"
@@ -384,21 +392,18 @@ class DEN(ByTask):
             "pull": self._pull,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["method"] != self.name:
-            super().load_state_dict(state)  # which refuses it
-        else:
-            sizes = {name: len(s) for name, s in zip(self.names, state["extra"]["stamps"], strict=False)}
-            more = {
-                name: n - layer.out_features
-                for (name, n), layer in zip(sizes.items(), self.layers, strict=False)
-                if n > layer.out_features
-            }
-            if more:
-                grow(self.model, more, plan=self.plan)
-            for (name, n), layer in zip(sizes.items(), self.layers, strict=False):
-                if n < layer.out_features:
-                    shrink(self.model, {name: range(n, layer.out_features)}, plan=self.plan)
+    def _load(self, state: dict[str, Any]) -> None:
+        sizes = {name: len(s) for name, s in zip(self.names, state["extra"]["stamps"], strict=False)}
+        more = {
+            name: n - layer.out_features
+            for (name, n), layer in zip(sizes.items(), self.layers, strict=False)
+            if n > layer.out_features
+        }
+        if more:
+            grow(self.model, more, plan=self.plan)
+        for (name, n), layer in zip(sizes.items(), self.layers, strict=False):
+            if n < layer.out_features:
+                shrink(self.model, {name: range(n, layer.out_features)}, plan=self.plan)
         self.tasks = [tuple(task) for task in state["tasks"]]
         extra = state["extra"]
         self.stamps, self.reports = list(extra["stamps"]), list(extra["reports"])
@@ -407,4 +412,4 @@ class DEN(ByTask):
             self._stage(self._free(self._selected, self._selected), l2=self.l2)
         else:
             self._stage(None, l1=self.l1)
-        super().load_state_dict(state)
+        super()._load(state)

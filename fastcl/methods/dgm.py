@@ -50,6 +50,9 @@ class DGM(Generative):
             beside the critic its accuracy jumps from step to step; the authors' code picks an epoch by old images).
         clamp: embeddings are kept in [-clamp, clamp] (HAT's; the paper does not say).
         lr: Adam's, of both networks.
+
+    Raises:
+        ValueError: numbers out of range; an optimizer, which DGM makes itself.
     """
 
     paper = "Ostapenko et al. 2019, Learning to remember: a synaptic plasticity driven framework for continual learning"
@@ -271,14 +274,26 @@ class DGM(Generative):
 
 
 class DGMw(DGM):
-    """:class:`DGM` with a mask for every weight."""
+    """:class:`DGM` with a mask for every weight.
+
+    Example:
+        >>> learner = DGMw.build(stream, width=4); learner.begin_task(stream.tasks[0])
+        >>> learner.observe(*batch) > 0
+        True
+    """
 
     name = "dgm-w"
     mask = "weight"
 
 
 class DGMa(DGM):
-    """:class:`DGM` with a mask for every channel."""
+    """:class:`DGM` with a mask for every channel.
+
+    Example:
+        >>> learner = DGMa.build(stream, width=4); learner.begin_task(stream.tasks[0])
+        >>> learner.observe(*batch) > 0
+        True
+    """
 
     name = "dgm-a"
     mask = "unit"

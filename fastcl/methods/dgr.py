@@ -31,6 +31,14 @@ class DGR(Replaying):
         replay: ``generated``; or ``noise``, the seed's baseline: uniform random images instead.
         generator_lr: Adam's, of the generator. critic_steps: of a WGAN's critic for one of its generator.
         lr, optimizer: of the solver, as for :class:`Method`.
+
+    Raises:
+        ValueError: unknown `labels` or `replay`, r outside (0, 1].
+
+    Example:
+        >>> learner = DGR.build(stream, generator="cvae"); learner.begin_task(stream.tasks[0])
+        >>> learner.observe(*batch) > 0
+        True
     """
 
     name = "dgr"

@@ -15,6 +15,11 @@ class EWC(Regularised):
 
     The loss gains :math:`\frac\lambda2\sum_iF_i(\theta_i-\theta_i^*)^2`. `strength`, `form`, `kind` and `gamma` are the
     arguments of :class:`fastcl.EWC`. The Fisher's softmax runs over the outputs that competed in training.
+
+    Example:
+        >>> learner = EWC.build(stream, strength=100.0); learner.begin_task(stream.tasks[0])
+        >>> learner.observe(*batch) > 0
+        True
     """
 
     name = "ewc"

@@ -52,6 +52,14 @@ class HAT(ByTask):
         embedding_lr: learning rate of the embeddings, as a multiple of `lr`.
         clamp: embeddings are kept in [-clamp, clamp]; 6 in the paper.
         lr, optimizer: as for :class:`Method`; the default optimizer is MaskedAdam (the paper's: SGD, lr 0.05).
+
+    Raises:
+        ValueError: a model without unit masks or with other than one plain Linear; numbers out of range.
+
+    Example:
+        >>> learner = HAT.build(stream, s_max=400.0); learner.begin_task(stream.tasks[0])
+        >>> learner.observe(*batch) > 0
+        True
     """
 
     name = "hat"

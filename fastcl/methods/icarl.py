@@ -27,6 +27,14 @@ class ICaRL(Method):
         model: a Sequential whose last layer makes the logits; what comes before makes the features.
         budget: exemplars in all; 2000 in the paper.
         lr, optimizer: as for :class:`Method`.
+
+    Raises:
+        ValueError: a negative budget; in `predict` a task that has not begun.
+
+    Example:
+        >>> learner = ICaRL.build(stream, budget=200); learner.begin_task(stream.tasks[0])
+        >>> learner.observe(*batch) > 0
+        True
     """
 
     name = "icarl"

@@ -18,6 +18,11 @@ class Joint(Method):
     """Trains on the union of all tasks' data so far; the upper bound, which a continual learner may not do.
 
     In the setting ``task`` every sample competes among its own task's outputs.
+
+    Example:
+        >>> learner = Joint.build(stream); learner.begin_task(stream.tasks[0]); learner.begin_task(stream.tasks[1])
+        >>> learner.training_data(stream.tasks[1])[1].unique()
+        tensor([0, 1, 2, 3])
     """
 
     name = "joint"

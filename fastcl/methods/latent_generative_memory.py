@@ -37,6 +37,14 @@ class LatentGenerativeMemory(Method):
             near it (Yu et al. 2020).
         generator_lr: Adam's, of generator and critic. penalty: of the critic's gradient.
         critic_steps: for one step of the generator.
+
+    Raises:
+        ValueError: an unknown `hold` or `replay`; numbers out of range.
+
+    Example:
+        >>> learner = LatentGenerativeMemory.build(stream, hold="mas"); learner.begin_task(stream.tasks[0])
+        >>> learner.observe(*batch) > 0
+        True
     """
 
     name = "latent-generative-memory"

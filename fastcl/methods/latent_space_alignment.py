@@ -30,6 +30,14 @@ class LatentSpaceAlignment(ByTask):
         parallel: every task starts from the first initial weights, as if the networks had been trained at the same time
             and aligned afterwards.
         lr, optimizer: as for :class:`Method`; made anew for each task: stale moments would move the old heads.
+
+    Raises:
+        ValueError: an unknown bridge, a negative ridge, a model that does not end in a Linear layer.
+
+    Example:
+        >>> learner = LatentSpaceAlignment.build(stream, bridge="affine"); learner.begin_task(stream.tasks[0])
+        >>> learner.observe(*batch) > 0
+        True
     """
 
     name = "latent-space-alignment"

@@ -28,6 +28,14 @@ class LwF(Method):
         strength: lambda.
         temperature: T, 2 in the paper.
         lr, optimizer: as for :class:`Method`.
+
+    Raises:
+        ValueError: a strength or temperature out of range.
+
+    Example:
+        >>> learner = LwF.build(stream, temperature=2.0); learner.begin_task(stream.tasks[0])
+        >>> learner.observe(*batch) > 0
+        True
     """
 
     name = "lwf"

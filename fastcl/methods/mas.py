@@ -15,6 +15,11 @@ class MAS(Regularised):
 
     The loss gains :math:`\frac\lambda2\sum_i\Omega_i(\theta_i-\theta_i^*)^2`. `strength`, `merge`, `half` and
     `output` are the arguments of :class:`fastcl.MAS`. Importances need no labels, so all outputs count.
+
+    Example:
+        >>> learner = MAS.build(stream, strength=10.0); learner.begin_task(stream.tasks[0])
+        >>> learner.observe(*batch) > 0
+        True
     """
 
     name = "mas"

@@ -35,6 +35,9 @@ class MeRGAN(Generative):
         aligned: images of alignment in a step, shared by the earlier classes.
         lr: Adam's, of both networks. The paper has 1e-4, betas (0, .9), five critic steps and 8000 steps of the generator
             for each class; the defaults here are a CPU's.
+
+    Raises:
+        ValueError: numbers out of range.
     """  # noqa: E501
 
     paper = "Wu et al. 2018, Memory replay GANs"
@@ -178,14 +181,26 @@ class MeRGAN(Generative):
 
 
 class MeRGANJoint(MeRGAN):
-    """:class:`MeRGAN` with joint retraining."""
+    """:class:`MeRGAN` with joint retraining.
+
+    Example:
+        >>> learner = MeRGANJoint.build(stream, width=4); learner.begin_task(stream.tasks[0])
+        >>> learner.observe(*batch) > 0
+        True
+    """
 
     name = "mergan-joint"
     joint = True
 
 
 class MeRGANAlign(MeRGAN):
-    """:class:`MeRGAN` with replay alignment."""
+    """:class:`MeRGAN` with replay alignment.
+
+    Example:
+        >>> learner = MeRGANAlign.build(stream, width=4, strength=1e-3); learner.begin_task(stream.tasks[0])
+        >>> learner.observe(*batch) > 0
+        True
+    """
 
     name = "mergan-align"
     joint = False

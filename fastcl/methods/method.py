@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ..importance import Regulariser
 from ..nn import Exemplars, Replay, make_generator, mlp, plot_images
+from ..ops._state import check_keys, check_kind, check_optimizer, load_whole
 
 if TYPE_CHECKING:
     from ..streams import Stream, Task
@@ -33,6 +34,14 @@ class Method:
         setting: ``task``, ``domain`` or ``class``: which outputs compete in training and in :meth:`predict`.
         lr: of the default optimizer, Adam.
         optimizer: makes another one from the parameters; it lives through all tasks.
+
+    Raises:
+        ValueError: a setting that is not the method's, a learning rate that is not positive.
+
+    Example:
+        >>> learner = fastcl.methods.Finetune.build(stream); learner.begin_task(stream.tasks[0])
+        >>> loss = learner.observe(*batch); learner.end_task([batch]); learner.predict(batch[0]).shape
+        torch.Size([32])
     """
 
     name: ClassVar[str]
@@ -159,12 +168,29 @@ class Method:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError if `state` is another method's."""
-        if state["method"] != self.name:
-            raise ValueError(f"state is of the method {state['method']!r} but this is {self.name!r}")
+        """Takes over what :meth:`state_dict` gave; first by a copy of the learner, which must then give it back.
+
+        Raises:
+            ValueError: another method's or network's, something missing, unexpected, of another shape, dtype or kind,
+                importances that are not finite; nothing has changed.
+        """
+        if not isinstance(state, dict) or state.get("method") != self.name:
+            found = repr(state.get("method")) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"state is of the method {found} but this is {self.name!r}")
+        load_whole(self, type(self)._load, state)
+
+    def _load(self, state: dict[str, Any]) -> None:
+        check_keys(state, ("method", "model", "optimizer", "tasks", "extra"))
         self.model.load_state_dict(state["model"])
+        check_optimizer(self.optimizer, state["optimizer"], "state.optimizer")
         self.optimizer.load_state_dict(state["optimizer"])
+        for task in state["tasks"]:
+            if not isinstance(task, (list, tuple)) or not task or not all(type(c) is int and c >= 0 for c in task):
+                raise ValueError(f"state.tasks must be lists of output units, got {task!r:.60}")
         self.tasks = [tuple(task) for task in state["tasks"]]
+        for name, value in self.extra_state().items():
+            if isinstance(value, (bool, int, float, str)) and name in state["extra"]:
+                check_kind(state["extra"][name], value, f"state.extra.{name}")
         self.load_extra_state(state["extra"])
 
     def memory(self) -> int:
@@ -184,6 +210,14 @@ class Regularised(Method):
     Args:
         budget: of stored samples, at random and every class alike many; with any, each step trains on as many of them
             as there are new ones (EWC-S, SI-S, RWalk-S in the tables of Chaudhry et al. 2018 and DGM).
+
+    Raises:
+        ValueError: a negative budget.
+
+    Example:
+        >>> learner = fastcl.methods.EWC.build(stream, strength=10.0, budget=100)
+        >>> learner.regulariser.strength, learner.exemplars.budget
+        (10.0, 100)
     """
 
     regulariser: Regulariser
@@ -227,7 +261,17 @@ class Regularised(Method):
 
 
 def entropy_within_tasks(logits: Tensor, y: Tensor, tasks: Sequence[Sequence[int]]) -> Tensor:
-    """Cross-entropy where every sample competes among its own task's outputs."""
+    """Cross-entropy where every sample competes among its own task's outputs.
+
+    Args:
+        logits: [N, C].
+        y: output units [N].
+        tasks: the output units of each task; every y is in one.
+
+    Example:
+        >>> entropy_within_tasks(torch.zeros(1, 4), torch.tensor([3]), [(0, 1), (2, 3)])
+        tensor(0.6931)
+    """
     # -inf outside the sample's own task: the softmax then runs over that task's outputs only
     own = torch.zeros(logits.shape[1], logits.shape[1], dtype=torch.bool, device=y.device)
     for task in tasks:
@@ -237,7 +281,13 @@ def entropy_within_tasks(logits: Tensor, y: Tensor, tasks: Sequence[Sequence[int
 
 
 class Generative(Method):
-    """A method that can show what it remembers; :meth:`generate` is also what `acc_generated` is measured on."""
+    """A method that can show what it remembers; :meth:`generate` is also what `acc_generated` is measured on.
+
+    Example:
+        >>> learner = fastcl.methods.DGR.build(stream); learner.begin_task(stream.tasks[0])
+        >>> loss = learner.observe(*batch); [t.shape for t in learner.generate(10)]
+        [torch.Size([10, 1, 8, 8]), torch.Size([10])]
+    """
 
     shown: list[Tensor]  # a few generated images after each task
 
@@ -307,7 +357,16 @@ class Replaying(Generative):
 
 
 class ByTask(Method):
-    """A method with a network for every task: :meth:`logits` of one, and by them the predictions."""
+    """A method with a network for every task: :meth:`logits` of one, and by them the predictions.
+
+    Raises:
+        ValueError: from `predict`, a task that has not begun.
+
+    Example:
+        >>> learner = fastcl.methods.HAT.build(stream); learner.begin_task(stream.tasks[0])
+        >>> learner.logits(batch[0], 0).shape
+        torch.Size([32, 2])
+    """
 
     def check_own_labels(self, y: Tensor) -> None:
         """As :meth:`check_labels` in the setting ``task``: in training this task's own outputs compete, always."""

@@ -35,6 +35,14 @@ class OnlineGenerativeMemory(Replaying):
         eps, ball, radius: of ``project``.
         generator_lr: Adam's, of the generator. critic_steps: of a WGAN.
         lr, optimizer: as for :class:`Method`.
+
+    Raises:
+        ValueError: an unknown `mode` or `ball`; numbers out of range.
+
+    Example:
+        >>> learner = OnlineGenerativeMemory.build(stream, mode="distill"); learner.begin_task(stream.tasks[0])
+        >>> learner.observe(*batch) > 0
+        True
     """  # noqa: E501
 
     name = "online-generative-memory"

@@ -14,6 +14,11 @@ class RWalk(Regularised):
     r"""Riemannian walk (Chaudhry et al. 2018): the loss gains :math:`\lambda\sum_i(F_i+s_i)(\theta_i-\theta_i^*)^2`.
 
     `strength`, `alpha` and `delta_t` are the arguments of :class:`fastcl.RWalk`, which watches the optimizer's steps.
+
+    Example:
+        >>> learner = RWalk.build(stream, strength=10.0); learner.begin_task(stream.tasks[0])
+        >>> learner.observe(*batch) > 0
+        True
     """
 
     name = "rwalk"

@@ -14,6 +14,11 @@ class SI(Regularised):
     r"""Synaptic intelligence (Zenke et al. 2017): the loss gains :math:`c\sum_i\Omega_i(\theta_i-\theta_i^*)^2`.
 
     `strength` (c) and `xi` are the arguments of :class:`fastcl.SI`, which watches the optimizer's steps.
+
+    Example:
+        >>> learner = SI.build(stream, strength=10.0); learner.begin_task(stream.tasks[0])
+        >>> learner.observe(*batch) > 0
+        True
     """
 
     name = "si"

@@ -75,6 +75,11 @@ def compose(bridges: Sequence[Bridge]) -> Bridge:
 
     Raises:
         ValueError: no bridges, or one that is not affine.
+
+    Example:
+        >>> first, second, z = Bridge(3, 3), Bridge(3, 2), torch.ones(1, 3)
+        >>> torch.allclose(compose([first, second])(z), second(first(z)))
+        True
     """
     if not bridges or any(g.affine is None for g in bridges):
         raise ValueError("compose: bridges must be affine, and at least one")

@@ -52,6 +52,12 @@ def to_plain(module: nn.Module, task: int | None = None) -> nn.Module:
 
     Raises:
         ValueError: no such task; a unit mask after another activation than ReLU.
+
+    Example:
+        >>> to_plain(nn.Sequential(fastcl.nn.MaskedLinear(4, 2)))
+        Sequential(
+          (0): Linear(in_features=4, out_features=2, bias=True)
+        )
     """
     if isinstance(module, MaskedLayer):
         return _plain_like(module, task)
@@ -117,6 +123,11 @@ def reserved_masks(model: nn.Module) -> Reserved:
 
     Raises:
         ValueError: unit masks whose sizes do not follow from one layer to the next.
+
+    Example:
+        >>> net = nn.Sequential(fastcl.nn.MaskedLinear(4, 2)); fastcl.nn.end_task(net)
+        >>> sorted(mask.dtype == torch.uint8 for mask in reserved_masks(net).values())  # bits; the bias wholly
+        [False, True]
     """
     found: Reserved = {}
     before: Tensor | None = None
@@ -156,6 +167,14 @@ def capacity(model: nn.Module) -> dict[str, Any]:
         the share of each task; ``reserved``, the share over all layers, and ``reserved_after`` [T] each task; ``used``
         [T], likewise; ``overlap`` [T][T]: the entries that tasks i and j share, as a part of what task i uses. Soft
         unit masks count as used from 0.5 on.
+
+    Raises:
+        ValueError: layers that have recorded different numbers of tasks.
+
+    Example:
+        >>> net = nn.Sequential(fastcl.nn.MaskedLinear(4, 2)); fastcl.nn.end_task(net)
+        >>> capacity(net)["reserved"]
+        1.0
     """
     layers: dict[str, Any] = {}
     per_task: list[list[Tensor]] = []
@@ -187,7 +206,13 @@ def capacity(model: nn.Module) -> dict[str, Any]:
 
 
 def plot_capacity(model: nn.Module, path: str | Path) -> None:
-    """Writes a picture: what each task uses of every layer, what is reserved so far, what tasks share (matplotlib)."""
+    """Writes a picture: what each task uses of every layer, what is reserved so far, what tasks share (matplotlib).
+
+    Example:
+        >>> net = nn.Sequential(fastcl.nn.MaskedLinear(4, 2)); fastcl.nn.end_task(net)
+        >>> plot_capacity(net, folder / "a.png"); (folder / "a.png").stat().st_size > 1000
+        True
+    """
     import matplotlib
 
     matplotlib.use("Agg")

@@ -35,6 +35,9 @@ class DynamicGenerator(nn.Module):
             hides soft masks from the loss, and a weight out of a channel that is off then counts as used.
         compensate: HAT's gradient of the embeddings.
 
+    Raises:
+        ValueError: an unknown `mask_position`, more classes than latent numbers.
+
     Example:
         >>> memory = fastcl.nn.DynamicGenerator((1, 28, 28), 10); memory.begin_task([3])
         >>> memory(memory.latents(torch.tensor([3, 3]))).shape

@@ -23,7 +23,16 @@ def upsamplings(input_shape: Sequence[int]) -> int:
 
 
 def crop(x: Tensor, input_shape: Sequence[int]) -> Tensor:
-    """The middle of images that a generator made in a power of two."""
+    """The middle of images that a generator made in a power of two.
+
+    Args:
+        x: [N, C, H, W], at least as high and wide.
+        input_shape: (channels, height, width) wanted.
+
+    Example:
+        >>> crop(torch.zeros(2, 1, 32, 32), (1, 28, 28)).shape
+        torch.Size([2, 1, 28, 28])
+    """
     top, left = ((a - b) // 2 for a, b in zip(x.shape[2:], input_shape[1:], strict=True))
     return x[:, :, top : top + input_shape[1], left : left + input_shape[2]]
 
@@ -228,6 +237,11 @@ def critic_loss(
 
     Raises:
         ValueError: different shapes, or a negative penalty.
+
+    Example:
+        >>> images = torch.rand(4, 1, 8, 8); critic = Discriminator((1, 8, 8), 2)
+        >>> critic_loss(critic, images, images, penalty=10.0).item() >= 0
+        True
     """
     if real.shape != fake.shape:
         raise ValueError(f"fake has shape {list(fake.shape)} but must have real's, {list(real.shape)}")
@@ -273,7 +287,13 @@ class WGAN(nn.Module):
         )
 
     def critic_loss(self, x: Tensor) -> Tensor:
-        """What the critic descends on images x [N, ...]."""
+        """What the critic descends on images x [N, ...].
+
+        Example:
+            >>> images = torch.rand(4, 1, 8, 8); critic = Discriminator((1, 8, 8), 2)
+            >>> critic_loss(critic, images, images, penalty=10.0).item() >= 0
+            True
+        """
         with torch.no_grad():
             fake = self._made(len(x))
         return critic_loss(self.critic, x, fake, self.penalty)
@@ -294,6 +314,12 @@ def fixed_statistics(module: nn.Module) -> Iterator[None]:
     """Training-mode BatchNorms of `module` leave their running statistics alone inside.
 
     For forward passes on images that the network will not be asked about: a critic's fakes and mixtures.
+
+    Example:
+        >>> norm = nn.BatchNorm2d(1)
+        >>> with fixed_statistics(norm): y = norm(torch.ones(2, 1, 2, 2))
+        >>> norm.running_mean
+        tensor([0.])
     """
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
     saved = [(m.momentum, m.num_batches_tracked.clone()) for m in norms]
@@ -309,7 +335,12 @@ def fixed_statistics(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """No gradients for `module`'s parameters inside: a generator's step needs the discriminator's inputs' only."""
+    """No gradients for `module`'s parameters inside: a generator's step needs the discriminator's inputs' only.
+
+    Example:
+        >>> with frozen(model): model[0].weight.requires_grad
+        False
+    """
     params = [p for p in module.parameters() if p.requires_grad]
     try:
         for p in params:
@@ -321,6 +352,16 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 def class_loss(logits: Tensor, y: Tensor, classes: Sequence[int]) -> Tensor:
-    """Cross-entropy over the columns `classes` alone."""
+    """Cross-entropy over the columns `classes` alone.
+
+    Args:
+        logits: [N, C].
+        y: labels [N], among `classes`.
+        classes: the columns that compete.
+
+    Example:
+        >>> class_loss(torch.zeros(1, 10), torch.tensor([7]), [3, 7])
+        tensor(0.6931)
+    """
     columns = torch.tensor(sorted(classes), device=y.device)
     return F.cross_entropy(logits[:, columns], torch.searchsorted(columns, y))

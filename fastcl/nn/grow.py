@@ -123,6 +123,13 @@ def reindex(
 
     -1 is a new unit; a place that stands twice duplicates its unit, incoming and outgoing weights alike (DEN's split
     starts from that). Raises as :func:`grow`.
+
+    Raises:
+        ValueError: as :func:`grow`, before anything is changed.
+
+    Example:
+        >>> reindex(model, {"0": [0, 1, 2, 2]}); model[0].out_features, model[2].in_features  # the last unit twice
+        (4, 4)
     """
     if outgoing not in ("zero", "init"):
         raise ValueError(f"outgoing is {outgoing!r} but must be zero or init")

@@ -14,6 +14,11 @@ def plot_growth(units: Mapping[str, Sequence[Sequence[int]]], path: str | Path) 
     Args:
         units: layer name to a row for each task, how many of its units came with task 0, 1, ...
         path: png, pdf or svg.
+
+    Example:
+        >>> plot_growth({"fc1": [[4], [4, 2]]}, folder / "a.png")
+        >>> (folder / "a.png").stat().st_size > 1000
+        True
     """
     import matplotlib
 
@@ -37,7 +42,17 @@ def plot_growth(units: Mapping[str, Sequence[Sequence[int]]], path: str | Path) 
 
 
 def plot_size(sizes: Mapping[str, Sequence[int]], path: str | Path) -> None:
-    """A network's units after each task (DGM's figure 2), and the worst case beside: its first size for every task."""
+    """A network's units after each task (DGM's figure 2), and the worst case beside: its first size for every task.
+
+    Args:
+        sizes: layer name to its units after each task.
+        path: png, pdf or svg.
+
+    Example:
+        >>> plot_size({"conv1": [8, 10, 11]}, folder / "a.png")
+        >>> (folder / "a.png").stat().st_size > 1000
+        True
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -57,7 +72,17 @@ def plot_size(sizes: Mapping[str, Sequence[int]], path: str | Path) -> None:
 
 
 def plot_images(rows: Mapping[str, Tensor], path: str | Path, columns: int = 10) -> None:
-    """Grids of images [N, 1 or 3, H, W] in [0, 1], `columns` side by side, a panel for each title."""
+    """Grids of images [N, 1 or 3, H, W] in [0, 1], `columns` side by side, a panel for each title.
+
+    Args:
+        rows: title to its images.
+        path: png, pdf or svg.
+
+    Example:
+        >>> plot_images({"after task 1": torch.rand(20, 1, 8, 8)}, folder / "a.png")
+        >>> (folder / "a.png").stat().st_size > 1000
+        True
+    """
     import matplotlib
 
     matplotlib.use("Agg")

@@ -29,6 +29,14 @@ class MaskedLayer:
 
     In training ``scale`` is s and ``task`` None. ``begin_task()`` starts a new embedding, ``end_task()`` records its
     mask; under :func:`use_task` the layer runs on a recorded one. ``reserved()`` is what all recorded tasks use.
+
+    Raises:
+        ValueError: an unknown mask, an s_max below 1, an activation with a weight mask; a task that is not recorded.
+
+    Example:
+        >>> layer = MaskedLinear(4, 2); y = layer(torch.zeros(1, 4)); layer.end_task()
+        >>> layer.tasks
+        1
     """
 
     weight: nn.Parameter
@@ -79,7 +87,12 @@ class MaskedLayer:
 
     @torch.no_grad()
     def begin_task(self, generator: torch.Generator | None = None) -> None:
-        """A new embedding: zeros for weights (m = 0.5), N(0, 1) for units."""
+        """A new embedding: zeros for weights (m = 0.5), N(0, 1) for units.
+
+        Example:
+            >>> net = nn.Sequential(MaskedLinear(4, 2)); end_task(net); begin_task(net); net[0].task is None
+            True
+        """
         if self.mask == "weight":
             self.embedding.zero_()
         else:
@@ -87,7 +100,12 @@ class MaskedLayer:
 
     @torch.no_grad()
     def end_task(self) -> None:
-        """Records the mask of this task: sigmoid(s_max e) >= 0.5, or for soft unit masks its value."""
+        """Records the mask of this task: sigmoid(s_max e) >= 0.5, or for soft unit masks its value.
+
+        Example:
+            >>> net = nn.Sequential(MaskedLinear(4, 2)); end_task(net); net[0].tasks
+            1
+        """
         self.masks = torch.cat([self.masks, self._now().unsqueeze(0)])
         if self.mask == "weight":
             self._free_share()  # now, not in the next forward pass: torch.compile would stop at its sum
@@ -163,10 +181,15 @@ class MaskedLayer:
         return y * gate.view(-1, *[1] * spatial).to(y.dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        saved = state_dict.get(prefix + "masks")
-        if saved is not None and saved.dim() == 2 and saved.shape[1:] == self.masks.shape[1:]:
-            self.masks = torch.empty(saved.shape, dtype=self.masks.dtype, device=self.masks.device)
-            self._free = None
+        saved, own = state_dict.get(prefix + "masks"), self.masks
+        if saved is not None and saved.dim() == 2 and saved.shape[1:] == own.shape[1:]:
+            own = torch.empty(saved.shape, dtype=own.dtype, device=own.device)
+        # torch would take what fits and convert the rest; a layer with half its masks reserves the wrong weights
+        like = {name: t for name, t in (*self._parameters.items(), *self._buffers.items()) if t is not None}
+        if wrong := misfit(state_dict, {**like, "masks": own}, prefix):
+            args[-1].append(wrong)
+            return
+        self.masks, self._free = own, None
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
 
     def extra_repr(self) -> str:
@@ -192,19 +215,39 @@ class _MaskedConv(MaskedLayer):
 
 
 class MaskedConv1d(_MaskedConv, nn.Conv1d):
-    """:class:`torch.nn.Conv1d` with a mask; see :class:`MaskedLayer`."""
+    """:class:`torch.nn.Conv1d` with a mask; see :class:`MaskedLayer`.
+
+    Example:
+        >>> MaskedConv1d(2, 4, 3, mask="unit")(torch.zeros(1, 2, 8)).shape
+        torch.Size([1, 4, 6])
+    """
 
 
 class MaskedConv2d(_MaskedConv, nn.Conv2d):
-    """:class:`torch.nn.Conv2d` with a mask; see :class:`MaskedLayer`."""
+    """:class:`torch.nn.Conv2d` with a mask; see :class:`MaskedLayer`.
+
+    Example:
+        >>> MaskedConv2d(2, 4, 3, mask="unit")(torch.zeros(1, 2, 8, 8)).shape
+        torch.Size([1, 4, 6, 6])
+    """
 
 
 class MaskedConv3d(_MaskedConv, nn.Conv3d):
-    """:class:`torch.nn.Conv3d` with a mask; see :class:`MaskedLayer`."""
+    """:class:`torch.nn.Conv3d` with a mask; see :class:`MaskedLayer`.
+
+    Example:
+        >>> MaskedConv3d(2, 4, 3)(torch.zeros(1, 2, 8, 8, 8)).shape
+        torch.Size([1, 4, 6, 6, 6])
+    """
 
 
 class MaskedConvTranspose2d(_MaskedConv, nn.ConvTranspose2d):
-    """:class:`torch.nn.ConvTranspose2d` with a mask; see :class:`MaskedLayer`. Units: dimension 1 of the weight."""
+    """:class:`torch.nn.ConvTranspose2d` with a mask; see :class:`MaskedLayer`. Units: dimension 1 of the weight.
+
+    Example:
+        >>> MaskedConvTranspose2d(2, 4, 3)(torch.zeros(1, 2, 8, 8)).shape
+        torch.Size([1, 4, 10, 10])
+    """
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         padding = self._output_padding(
@@ -232,7 +275,12 @@ MASKED: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def masked_layers(model: nn.Module) -> Iterator[tuple[str, MaskedLayer]]:
-    """(name, layer) of every masked layer, in the model's order."""
+    """(name, layer) of every masked layer, in the model's order.
+
+    Example:
+        >>> [name for name, _ in masked_layers(nn.Sequential(nn.ReLU(), MaskedLinear(4, 2)))]
+        ['1']
+    """
     return ((name, m) for name, m in model.named_modules() if isinstance(m, MaskedLayer))
 
 
@@ -262,7 +310,15 @@ def use_task(model: nn.Module, task: int | None) -> Iterator[None]:
 
 
 def set_scale(model: nn.Module, scale: float) -> None:
-    """The annealing scale s of every masked layer."""
+    """The annealing scale s of every masked layer.
+
+    Raises:
+        ValueError: a scale that is negative or not finite.
+
+    Example:
+        >>> net = nn.Sequential(MaskedLinear(4, 2)); set_scale(net, 10.0); net[0].scale
+        10.0
+    """
     if not 0 <= scale < float("inf"):
         raise ValueError(f"scale is {scale} but must be finite and not negative")
     for _, layer in masked_layers(model):
@@ -270,13 +326,23 @@ def set_scale(model: nn.Module, scale: float) -> None:
 
 
 def begin_task(model: nn.Module) -> None:
-    """``begin_task()`` of every masked layer."""
+    """``begin_task()`` of every masked layer.
+
+    Example:
+        >>> net = nn.Sequential(MaskedLinear(4, 2)); end_task(net); begin_task(net); net[0].task is None
+        True
+    """
     for _, layer in masked_layers(model):
         layer.begin_task()
 
 
 def end_task(model: nn.Module) -> None:
-    """``end_task()`` of every masked layer."""
+    """``end_task()`` of every masked layer.
+
+    Example:
+        >>> net = nn.Sequential(MaskedLinear(4, 2)); end_task(net); net[0].tasks
+        1
+    """
     for _, layer in masked_layers(model):
         layer.end_task()
 
@@ -286,6 +352,10 @@ def sparsity(model: nn.Module) -> Tensor:
 
     Raises:
         RuntimeError: weight masks without a forward pass under autograd.
+
+    Example:
+        >>> net = nn.Sequential(MaskedLinear(4, 2)); y = net(torch.zeros(1, 4)); sparsity(net).item()
+        0.5
     """
     layers = [layer for _, layer in masked_layers(model)]
     units = [layer for layer in layers if layer.mask == "unit"]

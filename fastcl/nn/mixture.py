@@ -42,6 +42,10 @@ class GaussianMixture(nn.Module):
         weights [K], means [K, D], scale_trils [K, D, D] (or [K, D], [K]): buffers, in state_dict. labels [K]: each
         component's class, -1 where it has none. converged_, n_iter_, lower_bound_ as in scikit-learn.
 
+    Raises:
+        ValueError: numbers out of range, an unknown `covariance` or `init_params`; data that does not fit or is not
+            finite.
+
     Example:
         >>> gmm = fastcl.nn.GaussianMixture(2).fit(torch.cat([torch.randn(50, 3), torch.randn(50, 3) + 9]))
         >>> gmm.sample(4)[0].shape
@@ -378,7 +382,10 @@ class GaussianMixture(nn.Module):
         return result if isinstance(x, Tensor) else result.cpu().numpy()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if self.means is None and (means := state_dict.get(prefix + "means")) is not None:
+        means = state_dict.get(prefix + "means")
+        if self.means is None and isinstance(means, Tensor) and means.dim() == 2 and len(means) == self.n_components:
             self._standard(means.shape[1], means.dtype, means.device)
+            if wrong := misfit(state_dict, self._buffers, prefix):
+                XXX
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.n_iter_ = max(self.n_iter_, 1)

@@ -54,6 +54,12 @@ def learn_features(
 
     Returns:
         One :class:`Learned` for each layer and round.
+
+    Example:
+        >>> net = fastcl.nn.SimpleNet((1, 8, 8), 2, width=2)
+        >>> learned = learn_features(net, torch.rand(8, 1, 8, 8), [next(iter(dict(net.named_children())))], steps=1)
+        >>> learned[0]
+        Learned(...)
     """
     found: list[Learned] = []
     plan = trace(model)

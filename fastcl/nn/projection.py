@@ -71,6 +71,14 @@ def layer_inputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
     Raises:
         ValueError: a trainable layer of another kind, whose outputs could not be held.
+
+    Args:
+        model: Linear and Conv2d layers, and others without parameters.
+        x: what the model takes, [N, ...].
+
+    Example:
+        >>> {name: rows.shape for name, rows in layer_inputs(model, x).items()}
+        {'0': torch.Size([6, 5]), '2': torch.Size([6, 4])}
     """
     found: dict[str, Tensor] = {}
     hooks = []
@@ -114,6 +122,16 @@ def project_step(
 
     The step, not the gradient, is projected: an optimizer's moments and scaling would turn a projected gradient out of
     the subspace. `options` are :func:`project_onto_outputs`'s.
+
+    Args:
+        before: the parameters before the step.
+        inputs: of :func:`layer_inputs`, what the outputs must stay on.
+
+    Example:
+        >>> before = {k: p.detach().clone() for k, p in model.named_parameters()}; said = model(x[:2]).detach()
+        >>> inputs = layer_inputs(model, x[:2]); loss.backward(); optimizer.step(); project_step(model, before, inputs)
+        >>> torch.allclose(model(x[:2]), said, atol=1e-3)
+        True
     """
     for name, rows in inputs.items():
         layer = model.get_submodule(name)

@@ -30,6 +30,10 @@ def make_generator(
 
     Raises:
         ValueError: another kind.
+
+    Example:
+        >>> type(make_generator("cvae", (1, 8, 8), 10)).__name__
+        'ConditionalVAE'
     """
     if beta is None:
         beta = 1.0 if math.prod(input_shape) >= 256 else 0.1
@@ -135,6 +139,16 @@ class Replay:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError, changing nothing, if `state` is of another generator."""
+        check_keys(state, self.state_dict())
+        check_module(self.generator, state["generator"], "state.generator")
+        check_optimizer(self.optimizer, state["optimizer"], "state.optimizer")
+        if state["previous"] is not None:
+            check_module(self.generator, state["previous"], "state.previous")
+        for name in ("classes", "past"):
+            if not isinstance(state[name], (list, tuple)) or not all(type(c) is int for c in state[name]):
+                raise ValueError(f"state.{name} is {state[name]!r:.60} but must be a list of classes")
+        check_number(state["learned"], "state.learned")
         self.generator.load_state_dict(state["generator"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.previous = None

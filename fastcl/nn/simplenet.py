@@ -21,6 +21,9 @@ class SimpleNet(nn.Sequential):
         n_outputs: of the head.
         width: filters of each convolution, or one number for each of the 13.
 
+    Raises:
+        ValueError: a width below 1, images of less than 8 x 8.
+
     Example:
         >>> fastcl.nn.SimpleNet((1, 28, 28), 2, width=4)(torch.zeros(1, 1, 28, 28)).shape
         torch.Size([1, 2])

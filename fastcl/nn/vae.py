@@ -25,6 +25,9 @@ class VAE(nn.Module):
         latent: D.
         beta: weight of the KL: below 1 for images of few pixels, whose variety 1 loses (8 x 8 digits).
 
+    Raises:
+        ValueError: a beta that is negative or not finite.
+
     Example:
         >>> fastcl.nn.VAE((1, 28, 28)).sample(3).shape
         torch.Size([3, 1, 28, 28])
@@ -117,6 +120,9 @@ class GaussianVAE(nn.Module):
         n_classes: Gaussians; standard normals until :meth:`cluster`.
         input_shape: of an image, height and width multiples of 4.
         width: channels of the decoder's first map.
+
+    Raises:
+        ValueError: height or width that is no multiple of 4.
 
     Example:
         >>> net = fastcl.nn.SimpleNet((1, 28, 28), 2, width=4)

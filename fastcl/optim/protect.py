@@ -46,7 +46,17 @@ def protect(optimizer: torch.optim.Optimizer, reserved: Reserved) -> Protection:
 
 
 class Protection:
-    """What :func:`protect` returns."""
+    """What :func:`protect` returns.
+
+    Raises:
+        ValueError: from `reserve`, a mask that does not fit. RuntimeError: from a step, sparse gradients.
+
+    Example:
+        >>> guard = fastcl.protect(optimizer, {model[0].weight: torch.ones(3, 4, dtype=torch.bool)})
+        >>> before = model[0].weight.clone(); loss.backward(); optimizer.step(); torch.equal(model[0].weight, before)
+        True
+        >>> guard.remove()
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer, reserved: Reserved) -> None:
         self._optimizer = optimizer

@@ -47,7 +47,16 @@ def proximal(
 
 
 class Proximal:
-    """What :func:`proximal` returns."""
+    """What :func:`proximal` returns.
+
+    Raises:
+        ValueError: as :func:`proximal`.
+
+    Example:
+        >>> steps = proximal(optimizer, l1=100.0); loss.backward(); optimizer.step(); model[0].weight.any().item()
+        False
+        >>> steps.remove()
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer, l1: Strengths, group: Strengths, dim: int) -> None:
         params = [p for g in optimizer.param_groups for p in g["params"]]

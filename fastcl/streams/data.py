@@ -16,7 +16,12 @@ from .idx import read_idx
 
 @dataclass(frozen=True)
 class Data:
-    """A labelled data set with its test split."""
+    """A labelled data set with its test split.
+
+    Example:
+        >>> streams.load("digits").input_shape
+        (1, 8, 8)
+    """
 
     name: str
     x_train: Tensor
@@ -62,7 +67,12 @@ def _digits(root: str | Path | None) -> Data:
 
 
 def files(name: str, root: str | Path | None = None) -> list[Path]:
-    """The files that :func:`load` would read, those that are there."""
+    """The files that :func:`load` would read, those that are there.
+
+    Example:
+        >>> files("digits")  # comes with scikit-learn
+        []
+    """
     return [path for path in _mnist_files(root)[1] if path is not None] if name == "mnist" else []
 
 

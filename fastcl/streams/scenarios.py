@@ -24,7 +24,12 @@ Split = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """One task: its output units and, made when asked for, its tensors (ten permuted MNISTs need not fit at once)."""
+    """One task: its output units and, made when asked for, its tensors (ten permuted MNISTs need not fit at once).
+
+    Example:
+        >>> [t.shape for t in stream.tasks[0].test()]
+        [torch.Size([73, 1, 8, 8]), torch.Size([73])]
+    """
 
     index: int
     classes: tuple[int, ...]
@@ -41,7 +46,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Stream:
-    """Tasks in order, with what a network for them needs to know."""
+    """Tasks in order, with what a network for them needs to know.
+
+    Example:
+        >>> stream.n_outputs, stream.input_shape, len(stream.tasks)
+        (10, (1, 8, 8), 5)
+    """
 
     name: str
     scenario: str
