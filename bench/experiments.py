@@ -325,6 +325,9 @@ def main() -> None:
             print(f"{i}/{len(jobs)} {chosen['scenario']} {chosen['setting']} {chosen['label']}", end=" ", flush=True)
             print(f"seed {chosen['seed']}: {100 * line['average_accuracy']:.2f}%, {line['seconds']:.0f} s", flush=True)
     (RESULTS / f"{arguments.table}.md").write_text(table(arguments.table, experiments, read(lines)))
+    import method_table  # beside this file; its page quotes these tables
+
+    method_table.PAGE.write_text(method_table.filled(method_table.PAGE.read_text()))
     if arguments.table == "exactness":
         over_lambda(experiments, read(lines), RESULTS / "exactness.png")
     if arguments.table == "growth":
