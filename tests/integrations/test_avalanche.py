@@ -12,15 +12,17 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 avalanche = pytest.importorskip("avalanche", reason="avalanche-lib is not installed: make integrations")
 
 from avalanche.benchmarks import tensors_benchmark  # noqa: E402
-from avalanche.models import MultiHeadClassifier, MultiTaskModule  # noqa: E402
+from avalanche.models import MlpVAE, MultiHeadClassifier, MultiTaskModule, VAE_loss  # noqa: E402
 from avalanche.models.dynamic_modules import IncrementalClassifier  # noqa: E402
 from avalanche.training.plugins import LwFPlugin as TheirLwF  # noqa: E402
-from avalanche.training.supervised import Naive  # noqa: E402
+from avalanche.training.plugins import generative_replay as theirs  # noqa: E402
+from avalanche.training.supervised import Naive, VAETraining  # noqa: E402
 
 import fastcl  # noqa: E402
 from fastcl import streams  # noqa: E402
 from fastcl.integrations.avalanche import (  # noqa: E402
     EWCPlugin,
+    GenerativeReplayPlugin,
     LwFPlugin,
     MASPlugin,
     RWalkPlugin,
@@ -164,6 +166,11 @@ def test_bad_arguments_raise_when_the_plugin_is_made() -> None:
         (lambda: SynapticIntelligencePlugin(1.0, 0.0), "xi is 0"),
         (lambda: RWalkPlugin(1.0, 0.9, 0), "delta_t is 0"),
         (lambda: LwFPlugin(1.0, 0.0), "temperature is 0"),
+        (lambda: GenerativeReplayPlugin(replay_size=0), "replay_size is 0"),
+        (lambda: GenerativeReplayPlugin(weight_replay_loss=-1.0), "weight_replay_loss is -1"),
+        (lambda: GenerativeReplayPlugin(value_range=(1.0, 0.0)), r"value_range is \(1.0, 0.0\)"),
+        (lambda: GenerativeReplayPlugin(object(), replay=generator()), "both given"),
+        (lambda: GenerativeReplayPlugin(None, False, replay=generator()), "has not learned anything"),
     ):
         with pytest.raises(ValueError, match=message):
             make()
@@ -177,3 +184,137 @@ def test_a_criterion_must_be_asked_sample_by_sample() -> None:
     assert smooth(torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64)).shape == (3,)
     with pytest.raises(ValueError, match="must have torch's `reduction`"):
         _per_sample(lambda a, b: a)
+
+
+def generator() -> fastcl.nn.Replay:
+    return fastcl.nn.Replay(fastcl.nn.VAE((1, 8, 8), (64, 64), 8, 0.1))
+
+
+def quiet() -> Any:
+    return avalanche.training.plugins.EvaluationPlugin()
+
+
+def vae_strategy(plugin: Any) -> VAETraining:
+    """Avalanche's own generator, training with replay of itself."""
+    vae = MlpVAE((1, 8, 8), nhid=4)
+    return VAETraining(
+        model=vae,
+        optimizer=torch.optim.Adam(vae.parameters(), 1e-3),
+        criterion=VAE_loss,
+        train_mb_size=16,
+        train_epochs=1,
+        plugins=[plugin],
+        evaluator=quiet(),
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"replay_size": 5}, {"increasing_replay_size": True}], ids=["plain", "size", "increasing"]
+)
+def test_replay_from_a_generator_strategy_is_avalanche_s_to_the_bit(options: dict[str, Any]) -> None:
+    """The solver and its generator, whose model is its own generator, over three tasks."""
+    found = []
+    for module in (theirs, fastcl.integrations.avalanche):
+        torch.manual_seed(2)
+        scholar = vae_strategy(module.GenerativeReplayPlugin(**options))
+        net = model("plain")
+        strategy = Naive(
+            net,
+            torch.optim.SGD(net.parameters(), 0.1),
+            train_mb_size=16,
+            plugins=[module.TrainGeneratorAfterExpPlugin(), module.GenerativeReplayPlugin(scholar, **options)],
+            evaluator=quiet(),
+        )
+        torch.manual_seed(1)
+        for experience in benchmark(3).train_stream:
+            strategy.train(experience, shuffle=False)
+        found.append([*net.parameters(), *scholar.model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_weighted_replay_is_the_loss_of_what_is_replayed() -> None:
+    plugin = GenerativeReplayPlugin(
+        is_weighted_replay=True,
+        replay_size=7,
+        weight_replay_loss=0.5,
+        weight_replay_loss_factor=1.01,
+        replay=generator(),
+    )
+    checked: list[float] = []
+
+    class Check(fastcl.integrations.avalanche.SupervisedPlugin):
+        def before_update(self, strategy: Any, **kwargs: Any) -> None:
+            if plugin.untrained_solver:
+                return
+            x, y = plugin._old
+            assert len(x) == 7
+            assert torch.equal(y, plugin.old_model(x).argmax(1))
+            with torch.no_grad():
+                new = nn.functional.cross_entropy(strategy.model(strategy.mb_x), strategy.mb_y)
+                old = nn.functional.cross_entropy(strategy.model(x), y)
+            weight = 0.5 * 1.01 ** len(checked)
+            assert float(strategy.loss) == pytest.approx(float(new + weight * old), rel=1e-5)
+            checked.append(weight)
+
+    net = model("plain")
+    strategy = Naive(
+        net,
+        torch.optim.SGD(net.parameters(), 0.1),
+        train_mb_size=16,
+        plugins=[plugin, Check()],
+        evaluator=quiet(),
+    )
+    for experience in benchmark(3).train_stream:
+        strategy.train(experience)
+    assert len(checked) == 2 * 64 // 16
+    assert plugin.weight_replay_loss == pytest.approx(0.5 * 1.01 ** len(checked))
+
+
+def forgetful(plugin: Any, scale: float = 1.0) -> float:
+    """The accuracy on the first task after the second one."""
+    net = model("plain")
+    strategy = Naive(
+        net,
+        torch.optim.SGD(net.parameters(), 0.1),
+        train_mb_size=16,
+        train_epochs=20,
+        plugins=[p for p in (plugin,) if p is not None],
+        evaluator=quiet(),
+    )
+    stream = streams.make(streams.load("digits"), "split", "class", 5)
+    train = [tuple(t[:256] for t in task.train()) for task in stream.tasks[:2]]
+    train = [(scale * x, y) for x, y in train]
+    torch.manual_seed(0)
+    for experience in tensors_benchmark(train_tensors=train, test_tensors=train, task_labels=[0, 0]).train_stream:
+        strategy.train(experience)
+    x, y = stream.tasks[0].test()
+    return float((net(scale * x).argmax(1) == y).float().mean())
+
+
+def test_our_own_generator_remembers() -> None:
+    assert forgetful(None) < 0.2
+    plugin = GenerativeReplayPlugin(replay=generator())
+    assert forgetful(plugin) > 0.8
+    assert plugin.replay.learned == 2 * 20 * 16
+    assert forgetful(GenerativeReplayPlugin(replay=generator(), value_range=(0.0, 2.0)), 2.0) > 0.8
+
+
+def test_the_default_generator_has_the_data_s_shape() -> None:
+    plugin = GenerativeReplayPlugin()
+    trained("plain", plugin)
+    assert plugin.replay.generator.input_shape == (1, 8, 8)
+    assert plugin.replay.learned == 2 * 2 * 64 // 16
+
+
+def test_replay_raises_before_it_trains() -> None:
+    with pytest.raises(ValueError, match=r"values from 0 to 1 but must have them in value_range, 0 to 0.5"):
+        trained("plain", GenerativeReplayPlugin(value_range=(0.0, 0.5)))
+    with pytest.raises(ValueError, match="model has a head for each task"):
+        trained("heads", GenerativeReplayPlugin())
+    with pytest.raises(ValueError, match="no generator that has learned"):
+        trained("plain", GenerativeReplayPlugin(untrained_solver=False))
+    net = model("plain")
+    mixed = [theirs.TrainGeneratorAfterExpPlugin(), GenerativeReplayPlugin(vae_strategy(GenerativeReplayPlugin()))]
+    strategy = Naive(net, torch.optim.SGD(net.parameters(), 0.1), plugins=mixed, evaluator=quiet())
+    with pytest.raises(ValueError, match="trains generators of Avalanche's plugin only"):
+        strategy.train(benchmark(1).train_stream[0])
