@@ -100,7 +100,7 @@ def test_examples(module: str, tmp_path: Path) -> None:
 
 # modules without __all__: what they define
 PUBLIC = ["fastcl", *(f"fastcl.{name}" for name in ("ops", "nn", "optim", "methods", "importance", "streams"))]
-PUBLIC += [f"fastcl.{name}" for name in ("metrics", "checkpoint", "plots", "runner")]
+PUBLIC += [f"fastcl.{name}" for name in ("metrics", "checkpoint", "plots", "runner", "integrations.mammoth")]
 
 
 def public() -> dict[str, Any]:

@@ -31,6 +31,13 @@ class RegularisedModel:
 
     Subclasses say which by :meth:`make_regulariser`: :class:`fastcl.EWC`, MAS, SI or RWalk of ``self.net``, SI and
     RWalk with ``self.opt`` or without an optimizer.
+
+    Example:
+        >>> class Ewc(RegularisedModel):  # and Mammoth's ContinualModel, which brings net, opt and loss
+        ...     net, opt, loss = model, optimizer, staticmethod(criterion)
+        ...     def make_regulariser(self): return fastcl.EWC(self.net, 100.0)
+        >>> Ewc().observe(x, y, x) > 0
+        True
     """
 
     net: Any
