@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .distributed import local
-from .regulariser import Regulariser, grown
+from .regulariser import FLOATS, Regulariser, grown
 
 
 class PathRegulariser(Regulariser):
@@ -23,6 +23,7 @@ class PathRegulariser(Regulariser):
     """
 
     _sums: tuple[str, ...] = ()  # attributes, each name -> a sum of the parameter's shape
+    _optional: tuple[str, ...] = ()  # those of them that may be empty
     excluded: frozenset[str] = frozenset()  # names of parameters that are left alone
 
     def __init__(
@@ -117,7 +118,17 @@ class PathRegulariser(Regulariser):
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "start": dict(self.start)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.start = {name: t.clone() for name, t in state["start"].items()}
-        self._names = None
+    def _read(self, state: dict[str, Any]) -> dict[str, Any]:
+        found = super()._read(state)
+        unknown = set(state["start"]) - set(self._params())
+        if unknown:
+            raise ValueError(f"state.start is of another model: it has {sorted(unknown)[0]}")
+        self._check_sums(state["start"], "start")
+        sums = {name: self._read_sum(state, name) for name in self._sums}
+        start = {name: t.detach().clone() for name, t in state["start"].items()}
+        return {**found, **sums, "start": start, "_names": None}
+
+    def _read_sum(self, state: dict[str, Any], name: str) -> dict[str, Tensor]:
+        if state[name] or name not in self._optional:
+            self._check_sums(state[name], name, floats=FLOATS, like=state["start"])
+        return {key: t.detach().clone() for key, t in state[name].items()}

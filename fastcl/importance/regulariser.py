@@ -113,7 +113,7 @@ class Regulariser:
         like: dict[str, Tensor] | None = None,
         positive: bool = False,
     ) -> None:
-        """Finite tensors for parameters, in their leading corners; of one of the dtypes `floats`, or the parameters'."""
+        """Finite tensors for parameters, in their leading corners; of a dtype of `floats`, or the parameters'."""
         check_keys(values, values if like is None else like, f"state.{where}")
         params = self._params()
         for name, t in values.items():

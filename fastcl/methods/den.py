@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..nn import grow, plot_growth, reindex, shrink, trace
+from ..ops._state import check_corners
 from ..optim import MaskedAdam, proximal
 from .method import Batches, ByTask
 
@@ -408,6 +409,8 @@ class DEN(ByTask):
         extra = state["extra"]
         self.stamps, self.reports = list(extra["stamps"]), list(extra["reports"])
         self._before, self._selected = list(extra["before"]), list(extra["selected"])
+        check_corners(self._before, list(self.model.parameters()), "state.extra.before")
+        check_corners(self._selected, [s > 0 for s in self.stamps], "state.extra.selected")
         if self.reports and "units" not in self.reports[-1] and len(self.tasks) > 1:  # within a task
             self._stage(self._free(self._selected, self._selected), l2=self.l2)
         else:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from .. import importance
 from ..nn import FeatureCritic, FeatureGenerator, class_loss, critic_loss, frozen, mlp
+from ..ops._state import load_optimizer
 from .method import Batches, Method, entropy_within_tasks
 
 if TYPE_CHECKING:
@@ -236,7 +237,8 @@ class LatentGenerativeMemory(Method):
     def load_extra_state(self, state: dict[str, Any]) -> None:
         for name in ("generator", "critic"):
             getattr(self, name).to(self._device).load_state_dict(state[name])
-            getattr(self, f"{name}_optimizer").load_state_dict(state[f"{name}_optimizer"])
+            own = f"{name}_optimizer"
+            load_optimizer(getattr(self, own), state[own], f"state.extra.{own}")
         self.previous = self.old_embedder = None
         if state["previous"] is not None:
             self.previous = copy.deepcopy(self.generator).eval()

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..nn import DCGAN, Discriminator, class_loss, critic_loss, fixed_statistics, frozen
+from ..ops._state import load_optimizer
 from .method import Batches, Generative, Method
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ class MeRGAN(Generative):
     def load_extra_state(self, state: dict[str, Any]) -> None:
         self.generator.to(next(self.model.parameters()).device).load_state_dict(state["generator"])
         self.generator.train()
-        self.generator_optimizer.load_state_dict(state["generator_optimizer"])
+        load_optimizer(self.generator_optimizer, state["generator_optimizer"], "state.extra.generator_optimizer")
         self.previous, self.shown, self._observed = None, list(state["shown"]), state["observed"]
         if state["previous"] is not None:
             self.previous = copy.deepcopy(self.generator).eval()

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..importance import Regulariser
 from ..nn import Exemplars, Replay, make_generator, mlp, plot_images
-from ..ops._state import check_keys, check_kind, check_optimizer, load_whole
+from ..ops._state import check_keys, check_like, check_method, load_optimizer, load_whole, tasks_of
 
 if TYPE_CHECKING:
     from ..streams import Stream, Task
@@ -168,29 +168,17 @@ class Method:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` gave; first by a copy of the learner, which must then give it back.
-
-        Raises:
-            ValueError: another method's or network's, something missing, unexpected, of another shape, dtype or kind,
-                importances that are not finite; nothing has changed.
-        """
-        if not isinstance(state, dict) or state.get("method") != self.name:
-            found = repr(state.get("method")) if isinstance(state, dict) else type(state).__name__
-            raise ValueError(f"state is of the method {found} but this is {self.name!r}")
+        """Takes over what :meth:`state_dict` gave. Raises ValueError, nothing having changed, if it is another method's
+        or network's, incomplete, or has a tensor of another shape or dtype: a copy of the learner tries it first."""
+        check_method(state, self.name)
         load_whole(self, type(self)._load, state)
 
     def _load(self, state: dict[str, Any]) -> None:
         check_keys(state, ("method", "model", "optimizer", "tasks", "extra"))
         self.model.load_state_dict(state["model"])
-        check_optimizer(self.optimizer, state["optimizer"], "state.optimizer")
-        self.optimizer.load_state_dict(state["optimizer"])
-        for task in state["tasks"]:
-            if not isinstance(task, (list, tuple)) or not task or not all(type(c) is int and c >= 0 for c in task):
-                raise ValueError(f"state.tasks must be lists of output units, got {task!r:.60}")
-        self.tasks = [tuple(task) for task in state["tasks"]]
-        for name, value in self.extra_state().items():
-            if isinstance(value, (bool, int, float, str)) and name in state["extra"]:
-                check_kind(state["extra"][name], value, f"state.extra.{name}")
+        load_optimizer(self.optimizer, state["optimizer"], "state.optimizer")
+        self.tasks = tasks_of(state)
+        check_like(state["extra"], self.extra_state(), "state.extra")
         self.load_extra_state(state["extra"])
 
     def memory(self) -> int:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..ops._state import check_tensor
 
 
 def herd(features: Tensor, n: int) -> Tensor:
@@ -94,5 +97,16 @@ class Exemplars:
         return {f"{task} {c}": kept for (task, c), kept in self.samples.items()}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device | None = None) -> None:
-        keys = [tuple(map(int, key.split())) for key in state]
-        self.samples = {(task, c): kept.to(device) for (task, c), kept in zip(keys, state.values(), strict=True)}
+        """Raises ValueError, changing nothing, if `state` is not of samples, or of more than the budget."""
+        samples: dict[tuple[int, int], Tensor] = {}
+        for key, kept in state.items():
+            if not isinstance(key, str) or not re.fullmatch(r"\d+ \d+", key):
+                raise ValueError(f"state has the key {key!r} but must have a task and a class, like '0 3'")
+            first = next(iter(samples.values()), kept)
+            check_tensor(kept, None, getattr(first, "dtype", None), f"state: {key}")
+            check_tensor(kept, (len(kept), *first.shape[1:]) if kept.dim() else [0], None, f"state: {key}")
+            task, c = map(int, key.split())
+            samples[task, c] = kept.to(device)
+        if sum(map(len, samples.values())) > self.budget:
+            raise ValueError(f"state has {sum(map(len, samples.values()))} samples but the budget is {self.budget}")
+        self.samples = samples

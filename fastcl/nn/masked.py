@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops._state import misfit
 
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
 
@@ -186,7 +187,7 @@ class MaskedLayer:
             own = torch.empty(saved.shape, dtype=own.dtype, device=own.device)
         # torch would take what fits and convert the rest; a layer with half its masks reserves the wrong weights
         like = {name: t for name, t in (*self._parameters.items(), *self._buffers.items()) if t is not None}
-        if wrong := misfit(state_dict, {**like, "masks": own}, prefix):
+        if wrong := misfit(state_dict, {**like, "masks": own}, prefix, strict=args[1]):
             args[-1].append(wrong)
             return
         self.masks, self._free = own, None

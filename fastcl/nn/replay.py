@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops._state import check_keys, check_module, check_number, check_optimizer
 from .gan import WGAN
 from .vae import VAE, ConditionalVAE
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,19 @@ def check_keys(state: Any, keys: Iterable[str], where: str = "state") -> None:
         raise ValueError(f"{where} has the unexpected key {sorted(map(str, unexpected))[0]!r}")
 
 
+def check_method(state: Any, name: str) -> None:
+    if not isinstance(state, Mapping) or state.get("method") != name:
+        found = repr(state.get("method")) if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(f"state is of the method {found} but this is {name!r}")
+
+
+def tasks_of(state: Mapping[str, Any]) -> list[tuple[int, ...]]:
+    for task in state["tasks"]:
+        if not isinstance(task, (list, tuple)) or not task or not all(type(c) is int and c >= 0 for c in task):
+            raise ValueError(f"state.tasks must be lists of output units, got {task!r:.60}")
+    return [tuple(task) for task in state["tasks"]]
+
+
 def check_tensor(t: Any, shape: Iterable[int] | None, dtype: torch.dtype | None, where: str) -> None:
     if not isinstance(t, Tensor):
         raise ValueError(f"{where} is a {type(t).__name__} but must be a tensor")
@@ -31,6 +44,18 @@ def check_tensor(t: Any, shape: Iterable[int] | None, dtype: torch.dtype | None,
         raise ValueError(f"{where} has shape {list(t.shape)} but must have {list(shape)}")
     if dtype is not None and t.dtype != dtype:
         raise ValueError(f"{where} has dtype {t.dtype} but must have {dtype}")
+
+
+def check_corners(values: Iterable[Any], like: Sequence[Tensor], where: str) -> None:
+    """None at all, or tensors in the leading corners of others, which have grown since."""
+    values = list(values)
+    if values and len(values) != len(like):
+        raise ValueError(f"{where} has {len(values)} entries but must have {len(like)}")
+    for i, (t, whole) in enumerate(zip(values, like, strict=bool(values))):
+        at = f"{where}[{i}]"
+        check_tensor(t, None, whole.dtype, at)
+        if t.dim() != whole.dim() or not all(0 < a <= b for a, b in zip(t.shape, whole.shape, strict=True)):
+            raise ValueError(f"{at} has shape {list(t.shape)} but must fit into {list(whole.shape)}")
 
 
 def check_number(value: Any, where: str) -> None:
@@ -55,7 +80,7 @@ def misfit(state: Mapping[str, Any], like: Mapping[str, Tensor | None], prefix: 
                 check_keys({name: None} if prefix + name in state else {}, [name], prefix.rstrip("."))
                 check_tensor(state[prefix + name], t.shape, t.dtype, prefix + name)
     except ValueError as error:
-        return str(error)
+        return f"size mismatch: {error}" if "has shape" in str(error) else str(error)  # torch's word for it
     return None
 
 
@@ -75,7 +100,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, state: Any, where: str = "
             raise ValueError(f"{at}.params must have {len(mine['params'])} parameters")
         for name, value in mine.items():
             if name != "params" and name in group:
-                check_kind(group[name], value, f"{at}.{name}")
+                check_like(group[name], value, f"{at}.{name}")
         params.update(zip(group["params"], mine["params"], strict=True))
     if not isinstance(state["state"], Mapping) or not set(state["state"]) <= set(params):
         raise ValueError(f"{where}.state must be a dict over the parameters of param_groups")
@@ -84,10 +109,27 @@ def check_optimizer(optimizer: torch.optim.Optimizer, state: Any, where: str = "
         if not isinstance(values, Mapping):
             raise ValueError(f"{at} is a {type(values).__name__} but must be a dict")
         for name, t in values.items():
-            if name in OF_SHAPE and t is not None:
+            if name in OF_SHAPE and (t is not None or name == "exp_avg"):
                 check_tensor(t, params[key].shape, params[key].dtype, f"{at}.{name}")
-            elif name == "step" and not (isinstance(t, (int, float)) or (isinstance(t, Tensor) and t.numel() == 1)):
-                raise ValueError(f"{at}.step is a {type(t).__name__} but must be a number")
+            elif name == "step" and not (type(t) in (int, float) or (isinstance(t, Tensor) and t.numel() == 1)):
+                raise ValueError(f"{at}.step must be a number")
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Any, where: str) -> None:
+    check_optimizer(optimizer, state, where)
+    optimizer.load_state_dict(state)
+
+
+def check_like(value: Any, like: Any, where: str) -> None:
+    """The same kinds where both have something; how many there are is another question."""
+    if isinstance(value, Mapping) and isinstance(like, Mapping):
+        for key in value.keys() & like.keys():
+            check_like(value[key], like[key], f"{where}.{key}")
+    elif isinstance(value, (list, tuple)) and isinstance(like, (list, tuple)):
+        for i, v in enumerate(value if like else ()):
+            check_like(v, like[min(i, len(like) - 1)], f"{where}[{i}]")
+    else:
+        check_kind(value, like, where)
 
 
 def check_kind(value: Any, like: Any, where: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops._state import check_optimizer
 from ..ops.masked_grad import plan as plans
 from .reserved import Mask, Reserved, read_masks, tensors_of
 
@@ -59,6 +60,11 @@ class MaskedStep:
     def reserved(self) -> dict[Tensor, Any]:
         """The masks as they were given, by parameter."""
         return {p: mask.given for p, mask in self._masks.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """torch's takes moments of any shape and dtype and fails in the next step; this raises ValueError."""
+        check_optimizer(self, state_dict)  # type: ignore[arg-type]
+        super().load_state_dict(state_dict)  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_masks": self._masks}  # type: ignore[misc]
