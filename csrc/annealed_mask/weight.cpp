@@ -24,12 +24,12 @@ struct MaskedWeight {
       for (int64_t at = 0; at < n; at += kMaskBlock) {
         const int64_t m = std::min(kMaskBlock, n - at);
         if (at == 0 || reserved.kind != MaskKind::none) free_shares(free, reserved, begin + at, m);
-        int64_t i = 0;
         const auto one = [&](int64_t i, int l) FASTCL_LAMBDA_HD {
           const A mask = annealed_mask(load(e + at + i), s);
           store(out + at + i, load(w + at + i) * mask);
           lane[l] += mask * free[i];
         };
+        int64_t i = 0;
         for (; i + kLanes <= m; i += kLanes)
           for (int l = 0; l < kLanes; ++l) one(i + l, l);
         for (; i < m; ++i) one(i, static_cast<int>(i % kLanes));
@@ -84,12 +84,12 @@ struct ScaleBackward {
                               double factor, int64_t n) {
     const A f = static_cast<A>(factor);
     double lane[kLanes] = {};
-    int64_t i = 0;
     const auto one = [&](int64_t i, int l) FASTCL_LAMBDA_HD {
       const A grad = load(g + i);
       lane[l] += grad * load(w + i);
       store(gw + i, grad * f);
     };
+    int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes)
       for (int l = 0; l < kLanes; ++l) one(i + l, l);
     for (; i < n; ++i) one(i, static_cast<int>(i % kLanes));

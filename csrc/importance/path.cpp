@@ -231,7 +231,8 @@ struct ConsolidatePath {
                             const T* FASTCL_RESTRICT p, double xi, int64_t n) {
     const A x = static_cast<A>(xi);
     for (int64_t i = 0; i < n; ++i) {
-      store(f + i, static_cast<A>(load(f + i)) + path_importance(w[i], load(p + i) - load(start + i), x));
+      const A more = path_importance(w[i], load(p + i) - load(start + i), x);
+      store(f + i, static_cast<arithmetic_t<S>>(static_cast<A>(load(f + i)) + more));
       w[i] = A(0);
       start[i] = p[i];
     }
@@ -281,7 +282,8 @@ struct Merge {
   static FASTCL_HD void run(S* FASTCL_RESTRICT f, const A* FASTCL_RESTRICT fresh, double old_share, double fresh_share,
                             int64_t n) {
     const A old = static_cast<A>(old_share), add = static_cast<A>(fresh_share);
-    for (int64_t i = 0; i < n; ++i) store(f + i, old * static_cast<A>(load(f + i)) + add * fresh[i]);
+    for (int64_t i = 0; i < n; ++i)
+      store(f + i, static_cast<arithmetic_t<S>>(old * static_cast<A>(load(f + i)) + add * fresh[i]));
   }
 };
 
@@ -324,7 +326,7 @@ struct MergeAnchored {
       const A share = share_of(old, add), apart = load(p + i) - load(anchor + i);
       lane[l] += old * share * apart * apart;
       store(anchor + i, load(anchor + i) + share * apart);
-      store(f + i, old + add);
+      store(f + i, static_cast<arithmetic_t<S>>(old + add));
     };
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes)
