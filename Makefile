@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 RUN = $(VENV)/bin
 
-.PHONY: demo test bench lint wheel torch-versions triton-versions integrations kills clean
+.PHONY: demo test bench lint wheel torch-versions triton-versions integrations kills sanitize large clean
 
 demo: $(VENV)/.built  ## train a continual-learning stream on real data (about two minutes)
 	$(RUN)/python -m fastcl demo --out out
@@ -34,6 +34,12 @@ integrations: $(VENV)/.built  ## the plugins in avalanche-lib and Lightning them
 
 kills: $(VENV)/.built  ## 50 SIGKILLs a method at random moments, resumed: equal to the bit to runs never killed
 	OMP_NUM_THREADS=1 $(RUN)/python .ci/kills
+
+sanitize: $(VENV)/.built  ## the kernels under AddressSanitizer, UBSan and ThreadSanitizer (half an hour; not part of CI)
+	PYTHON=$(abspath $(RUN))/python bash .ci/sanitize
+
+large: $(VENV)/.built  ## every kernel past 2^31 elements (minutes, up to 9 GiB; not part of CI)
+	FASTCL_LARGE=1 $(RUN)/python -m pytest -q -m large tests/test_catalogue.py tests/test_large.py
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
