@@ -302,3 +302,34 @@ def test_method_table_notices_another_word_or_figure(change: tuple[str, str]) ->
     assert change[0] in text
     (sentence,) = bench("method_table").wrong(text.replace(*change, 1))
     assert change[1] in sentence
+
+
+def accuracies(name: str) -> dict[tuple[str, str], tuple[float, ...]]:
+    """(heading, method) to accuracy and forgetting, of a table that bench/experiments.py wrote."""
+    found, heading, columns = {}, "", []
+    for line in (ROOT / "bench" / "results" / f"{name}.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("## "):
+            heading = line.removeprefix("## ")
+        elif cells[0] == "method":
+            columns = [cells.index("accuracy"), cells.index("forgetting")]
+        elif line.startswith("| "):
+            found[heading, cells[0]] = tuple(float(cells[c].split()[0]) for c in columns)
+    return found
+
+
+def test_readmes_accuracies_are_the_results() -> None:
+    rows = {cells[0]: cells[1:] for cells in (re.split(r" *\| *", r.strip("| ")) for r in README.splitlines()) if cells}
+    importances, masks, growth = map(accuracies, ("importances", "masks", "growth"))
+    says = []
+    for label in ("EWC", "online EWC", "SI", "MAS", "RWalk"):
+        there = "EWC (separate anchors)" if label == "EWC" else label
+        for setting, cell in zip(("task", "domain", "class"), rows[label], strict=True):
+            says.append((cell, importances[f"split MNIST, {setting} setting", there][0]))
+    hat = rows["HAT, binary masks"]
+    says.append((hat[0], masks["split MNIST, task setting", "HAT"][0]))
+    says.append((hat[2], masks["split MNIST, class setting", "HAT, task inferred by entropy"][0]))
+    says += [(cell, n) for cell, n in zip(rows["DEN"], growth["variation MNIST, task setting", "DEN"], strict=False)]
+    assert len(says) == 19
+    for cell, figure in says:
+        assert abs(float(re.match(r"[\d.]+", cell)[0]) - figure) < 0.051, (cell, figure)  # type: ignore[index]
