@@ -7,7 +7,7 @@ is weighted as it would be in one process. Nothing here is imported by a program
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -70,6 +70,35 @@ def mesh_of(params: Sequence[Tensor]) -> Any:
     if any(mesh != meshes[0] for mesh in meshes):
         raise ValueError("model must have all its parameters on one mesh: call fully_shard on the whole model too")
     return meshes[0]
+
+
+def in_step(batches: Iterable[Any], model: nn.Module) -> Iterator[Any]:
+    """The batches; under ``fully_shard``, where each forward pass gathers the shards, all processes must have as many.
+
+    Raises:
+        ValueError: in every process, where one has fewer; they would wait for each other otherwise.
+    """
+    params = list(model.parameters())
+    mesh = mesh_of(params)
+    if mesh is None:
+        yield from batches
+        return
+    left, end = iter(batches), object()
+    while True:
+        batch = next(left, end)
+        here = int(batch is not end)
+        least = torch.tensor([here, -here], device=params[0].device)
+        for group in mesh.get_all_groups():
+            torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group=group)
+        fewest, most = least[0].item(), -least[1].item()
+        if fewest != most:
+            raise ValueError(
+                "batches must be as many on every process under fully_shard, and another one has "
+                + ("fewer" if here else "more")
+            )
+        if not here:
+            return
+        yield batch
 
 
 def add_up(sums: Sequence[Tensor], count: int, groups: Sequence[Any]) -> int:

@@ -90,7 +90,7 @@ def mean(estimate: ImportancePass, prefix: str, groups: Sequence[ProcessGroup]) 
 def labelled(model: nn.Module, batches: Iterable[Any], *, required: bool) -> Iterator[tuple[Any, Tensor | None]]:
     """(x, y) on the model's device; y None where a batch has none."""
     device = next(model.parameters()).device
-    for batch in batches:
+    for batch in distributed.in_step(batches, model):
         pair = isinstance(batch, (tuple, list)) and len(batch) == 2
         x, y = batch if pair else (batch, None)
         if required and y is None:

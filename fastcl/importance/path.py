@@ -37,6 +37,7 @@ class PathRegulariser(Regulariser):
         super().__init__(model, strength, dtype=dtype)
         self.start = {name: p.detach().clone() for name, p in self._params().items()}  # where the task began
         self._names: list[str] | None = None  # of the parameters of the step that is under way
+        self._own_note = False  # made by add_gradients
         self._kept: dict[str, tuple[Tensor, Tensor]] = {}  # memory for their values and task gradients before it
         if optimizer is not None:
             self.attach(optimizer)
@@ -64,16 +65,20 @@ class PathRegulariser(Regulariser):
         for name, p in params.items():
             if name not in self._kept or self._kept[name][0].shape != p.shape:
                 self._kept[name] = (torch.empty_like(p), torch.empty_like(p))
-        self._names = list(params)
+        self._names, self._own_note = list(params), False
         kept = [self._kept[n] for n in params]
         torch._foreach_copy_(local([p for p, _ in kept]), local([p.detach() for p in params.values()]))
         torch._foreach_copy_(local([g for _, g in kept]), local([p.grad for p in params.values()]))
 
     @torch.no_grad()
     def add_gradients(self) -> Tensor:
-        """Notes the task's gradient if `before_step` has not, then adds the penalty's; returns the penalty."""
-        if self._names is None:
+        """Notes the task's gradient if `before_step` has not, then adds the penalty's; returns the penalty.
+
+        A note that no step has followed is made anew: GradScaler has skipped that step, and its gradient is infinite.
+        """
+        if self._names is None or self._own_note:
             self.before_step()
+            self._own_note = True
         return super().add_gradients()
 
     @torch.no_grad()

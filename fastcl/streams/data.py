@@ -100,18 +100,25 @@ def _mnist(root: str | Path | None) -> Data:
             looked = ", ".join(str(folder) for folder in folders)
             raise FileNotFoundError(f"data 'mnist': no {stem}-ubyte[.gz] in {looked}: give its folder as --data-root")
         parts.append((path, read_idx(path)))
-    images, labels = _pair(*parts[0], *parts[1]), _pair(*parts[2], *parts[3])
-    return Data("mnist", *images, *labels, 10)
+    train, test = _pair(*parts[0], *parts[1]), _pair(*parts[2], *parts[3])
+    if train[0].shape[1:] != test[0].shape[1:]:
+        raise ValueError(
+            f"{parts[2][0]} has images of {list(test[0].shape[2:])} but those of {parts[0][0]} are "
+            f"{list(train[0].shape[2:])}"
+        )
+    return Data("mnist", *train, *test, 10)
 
 
 def _pair(image_path: Path, images: np.ndarray, label_path: Path, labels: np.ndarray) -> tuple[Tensor, Tensor]:
     if images.ndim != 3 or images.dtype != np.uint8:
         raise ValueError(f"{image_path} has shape {list(images.shape)} of {images.dtype} but must be bytes [N, H, W]")
+    if not images.size:
+        raise ValueError(f"{image_path} has shape {list(images.shape)}: there is no pixel in it")
     if labels.ndim != 1 or labels.dtype != np.uint8:
         raise ValueError(f"{label_path} has shape {list(labels.shape)} of {labels.dtype} but must be bytes [N]")
     if len(images) != len(labels):
         raise ValueError(f"{label_path} has {len(labels)} labels for the {len(images)} images of {image_path}")
-    if len(labels) and labels.max() > 9:
+    if labels.max() > 9:
         raise ValueError(f"{label_path} has the label {labels.max()} but digits are 0 to 9")
     return torch.from_numpy(images).unsqueeze(1).float().div_(255), torch.from_numpy(labels).long()
 

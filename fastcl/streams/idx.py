@@ -12,6 +12,7 @@ from typing import BinaryIO
 import numpy as np
 
 _DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+CHUNK = 16 << 20  # read at once: what a header promises is not set aside before it is there
 MAX_BYTES = 2 << 30  # MNIST's largest file is 47 MB; a header that asks for more than this is refused
 
 
@@ -30,6 +31,8 @@ def read_idx(path: str | Path) -> np.ndarray:
         (60000, 28, 28)
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a file")  # a folder; or a pipe, which could be waited for without end
     with path.open("rb") as raw:
         zipped = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
@@ -51,12 +54,13 @@ def _read(file: BinaryIO | gzip.GzipFile, path: Path) -> np.ndarray:
     shape = struct.unpack(f">{magic[3]}I", header)
     dtype = np.dtype(_DTYPES[magic[2]])
     size = math.prod(shape) * dtype.itemsize
-    if size > MAX_BYTES:
+    # a zero among the sizes hides what the others would ask for, and numpy cannot hold them
+    if max(size, math.prod(d or 1 for d in shape)) > MAX_BYTES:
         raise ValueError(
             f"{path} has a header for {size} bytes of shape {list(shape)} but at most {MAX_BYTES} are read"
         )
-    body = file.read(size)
-    while len(body) < size and (more := file.read(size - len(body))):
+    body = bytearray()
+    while len(body) < size and (more := file.read(min(size - len(body), CHUNK))):
         body += more
     if len(body) < size:
         raise ValueError(f"{path} is truncated: {len(body)} bytes of values where its header says {size}")
