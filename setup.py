@@ -52,6 +52,7 @@ else:
         if os.name == "nt"
         else ["-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-g0"]
     )
+    target += os.environ.get("FASTCL_CFLAGS", "").split()  # after ours, so that they win: .ci/sanitize
     common = dict(library_dirs=cpp_extension.library_paths(), language="c++")
     extensions = [
         Extension(

@@ -16,8 +16,8 @@
 
 #include "math.h"
 
-#ifdef FASTCL_STD_THREADS  // sanitizer builds: ThreadSanitizer cannot see libgomp's fork and join
-#include <thread>
+#ifdef FASTCL_STD_THREADS
+#include "std_threads.h"
 #endif
 
 #if defined(_MSC_VER)
@@ -89,12 +89,11 @@ auto simd(Args... args) {
 template <class F>
 void par_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
   if (end <= begin) return;
+#ifdef FASTCL_SMALL_GRAIN  // sanitizer builds: the tests' small sizes split too
+  grain = 1;
+#endif
 #ifdef FASTCL_STD_THREADS
-  const int64_t middle = begin + (end - begin) / 2;
-  if (end - begin <= grain) return f(begin, end);
-  std::thread other([&] { f(middle, end); });
-  f(begin, middle);
-  other.join();
+  std_threads_for(begin, end, grain, f);
 #else
   if (end - begin <= grain) return f(begin, end);
   torch::stable::parallel_for(begin, end, grain, f);
@@ -252,8 +251,12 @@ class Addresses {
 // Chunks do not depend on the number of threads, so neither do sums taken chunk by chunk.
 class VirtualArray {
  public:
-  static constexpr int64_t kAlign = 64;     // a packed mask's byte and every vector start on this
+  static constexpr int64_t kAlign = 64;  // a packed mask's byte and every vector start on this
+#ifdef FASTCL_SMALL_GRAIN
+  static constexpr int64_t kChunk = 128;
+#else
   static constexpr int64_t kChunk = 16384;  // 64 KiB of floats: L1/L2-sized; 8k to 32k measured alike
+#endif
   void add(int64_t numel) {
     starts_.push_back(size_);
     numels_.push_back(numel);
