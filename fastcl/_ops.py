@@ -111,8 +111,28 @@ def _triton_half(reference: str) -> ModuleType:
     return importlib.import_module(reference.removesuffix("reference") + "triton")
 
 
+class _Kept:
+    """Stands in for a Library: keeps the kernel that torch.library.register_autograd makes."""
+
+    kernel: Callable[..., Any]
+
+    def impl(self, _name: str, kernel: Callable[..., Any], _key: str, **_options: Any) -> None:
+        self.kernel = kernel
+
+
 def differentiable(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
+    """torch.library.register_autograd, at the op's first call: it makes two classes an op, a third of an import."""
+
+    @functools.cache
+    def made() -> Callable[..., Any]:
+        kept = _Kept()
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=kept)  # type: ignore[arg-type]
+        return kept.kernel
+
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
+        return made()(keyset, *args, **kwargs)
+
+    _library.impl(name, kernel, "Autograd", with_keyset=True)
 
 
 def not_differentiable(name: str, why: str) -> None:

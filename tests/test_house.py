@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import fastcl
+
 from .conftest import ROOT
 
 PACKAGE = ROOT / "fastcl"
@@ -85,8 +87,24 @@ def test_methods_use_streams_for_types_only() -> None:
 def test_formulas_include_only_the_common_ones() -> None:
     for path in (ROOT / "csrc").glob("*/math.h"):
         for included in re.findall(r'#include\s+[<"](.+?)[>"]', path.read_text()):
-            standard = included in ("cstdint", "cstring")
+            standard = included in ("cmath", "cstdint", "cstring")
             assert included == "../common/math.h" or (path.parent.name == "common" and standard), (path, included)
+
+
+def test_one_compilers_words_stand_behind_an_if() -> None:
+    """What only GCC and clang, or only Linux, know is left out elsewhere: macOS and Windows stay buildable."""
+    words = re.compile(r"__attribute__|__builtin_|#pragma GCC|__restrict__|madvise|<sys/|<unistd|__int128|vector_size")
+    found = 0
+    for path in (ROOT / "csrc").rglob("*.[ch]*"):
+        depth = 0
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            code = line.split("//")[0]
+            depth += bool(re.match(r"\s*#\s*if", code)) - bool(re.match(r"\s*#\s*endif", code))
+            if words.search(code):
+                found += 1
+                assert depth > 0, f"{path}:{number}: {line.strip()}"
+        assert depth == 0, path
+    assert found >= 10
 
 
 def test_namespace_is_written_once() -> None:
@@ -95,14 +113,35 @@ def test_namespace_is_written_once() -> None:
         assert "fastcl" not in code, f"{path}: relative imports and _ops.NAMESPACE only"
 
 
-def test_import_is_light() -> None:
-    code = (
-        "import sys, fastcl, fastcl.methods; "
-        "print(sorted({m.split('.')[0] for m in sys.modules} & "
-        "{'sklearn', 'typer', 'rich', 'matplotlib', 'triton', 'safetensors', 'scipy'}))"
-    )
+HEAVY = {"avalanche", "lightning", "matplotlib", "rich", "safetensors", "scipy", "sklearn", "sympy", "triton", "typer"}
+HEAVY |= {"torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torch.fx.experimental", "torch.onnx"}
+
+
+@pytest.mark.parametrize(
+    ("what", "modules"),
+    [("fastcl", r"(_ops|ops(\..*)?)"), ("fastcl.methods, fastcl.streams, fastcl.metrics", r".*")],
+    ids=["fastcl", "everything"],
+)
+def test_import_is_light(what: str, modules: str) -> None:
+    """What comes on top of what torch has loaded itself; `import fastcl` alone reads the ops and no more."""
+    code = f"import sys, torch; before = set(sys.modules); import {what}; print(*sorted(set(sys.modules) - before))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    loaded = done.stdout.split()
+    assert "fastcl.ops" in loaded
+    assert not [name for name in loaded if within(name, *HEAVY)]
+    for name in loaded:
+        if name.startswith("fastcl."):
+            assert re.fullmatch(rf"fastcl\.{modules}", name), name
+            assert not name.endswith(".triton"), name
+
+
+def test_every_public_name_is_there() -> None:
+    """Those that are read late too, in a fresh process; and what is not there says so."""
+    code = "import fastcl; print([n for n in fastcl.__all__ if getattr(fastcl, n) is None], fastcl.__version__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"\[\] \d+[.+]\S+", done.stdout.strip())
+    with pytest.raises(AttributeError, match="module 'fastcl' has no attribute 'EWS'"):
+        fastcl.EWS  # noqa: B018
 
 
 def test_files_are_short() -> None:

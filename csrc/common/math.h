@@ -2,6 +2,9 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#ifndef __GNUC__
+#include <cmath>
+#endif
 
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define FASTCL_HD __host__ __device__ __forceinline__
@@ -86,8 +89,8 @@ FASTCL_HD double exp(double x) {
 FASTCL_HD float sqrt(float x) { return __builtin_sqrtf(x); }
 FASTCL_HD double sqrt(double x) { return __builtin_sqrt(x); }
 #else
-FASTCL_HD float sqrt(float x) { return ::sqrtf(x); }
-FASTCL_HD double sqrt(double x) { return ::sqrt(x); }
+FASTCL_HD float sqrt(float x) { return std::sqrt(x); }
+FASTCL_HD double sqrt(double x) { return std::sqrt(x); }
 #endif
 
 template <class T>
