@@ -26,6 +26,18 @@
 #define FASTCL_RESTRICT __restrict__
 #endif
 
+// The iterations of the loop that follows do not depend on each other, but within one every load stays before the
+// stores that follow it, which FASTCL_RESTRICT would not promise.
+#if defined(__clang__)
+#define FASTCL_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define FASTCL_INDEPENDENT _Pragma("GCC ivdep")
+#elif defined(_MSC_VER)
+#define FASTCL_INDEPENDENT __pragma(loop(ivdep))
+#else
+#define FASTCL_INDEPENDENT
+#endif
+
 namespace fastcl {
 
 using torch::headeronly::ScalarType;

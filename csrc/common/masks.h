@@ -35,6 +35,22 @@ FASTCL_HD void free_from_bits(A* FASTCL_RESTRICT free, const uint8_t* FASTCL_RES
   for (int64_t j = 0; i + j < n; ++j) free[i + j] = static_cast<A>(1 - ((bytes[j >> 3] >> (j & 7)) & 1));
 }
 
+// The 8 bools of every byte: one load and one store for 8 weights.
+struct Bits {
+  uint8_t bools[256][8];
+  constexpr Bits() : bools() {
+    for (int byte = 0; byte < 256; ++byte)
+      for (int j = 0; j < 8; ++j) bools[byte][j] = (byte >> j) & 1;
+  }
+};
+inline constexpr Bits kBits;
+
+FASTCL_HD void unpack_bits(uint8_t* FASTCL_RESTRICT bools, const uint8_t* FASTCL_RESTRICT bytes, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) std::memcpy(bools + i, kBits.bools[bytes[i >> 3]], 8);
+  for (; i < n; ++i) bools[i] = (bytes[i >> 3] >> (i & 7)) & 1;
+}
+
 template <class A>
 FASTCL_HD void free_from_vectors(A* FASTCL_RESTRICT free, const MaskView& mask, int64_t begin, int64_t n) {
   const A* outer = static_cast<const A*>(mask.data) + begin / mask.row;
@@ -94,33 +110,40 @@ struct ShareGradient {
   }
 };
 
-// Keeps every bit where the weight is reserved; the choice is made on the stored bits, so also for NaN payloads.
-FASTCL_HD void store_free(float* x, float free, float value) { *x = free == 0.f ? *x : value; }
-FASTCL_HD void store_free(double* x, double free, double value) { *x = free == 0.0 ? *x : value; }
+// `old` where the weight is kept, bit for bit, `fresh` where it is not. The choice is on a word of the element's width,
+// which gcc makes a blend of; by a byte it does not vectorise, and by and/or it is twice the work.
+FASTCL_HD float choose(bool keep, float old, float fresh) {
+  const int32_t word = -static_cast<int32_t>(keep);
+  return word < 0 ? old : fresh;
+}
+FASTCL_HD double choose(bool keep, double old, double fresh) {
+  const int64_t word = -static_cast<int64_t>(keep);
+  return word < 0 ? old : fresh;
+}
 template <class H>
-FASTCL_HD void store_free(H* x, float free, float value) {
+FASTCL_HD H choose(bool keep, H old, float fresh) {
   H rounded;
-  store(&rounded, value);
-  const uint32_t keep = static_cast<uint32_t>(-static_cast<int32_t>(free == 0.f));
-  x->x = static_cast<uint16_t>((uint32_t(x->x) & keep) | (uint32_t(rounded.x) & ~keep));
+  store(&rounded, fresh);
+  const uint32_t word = static_cast<uint32_t>(-static_cast<int32_t>(keep));
+  old.x = static_cast<uint16_t>((uint32_t(old.x) & word) | (uint32_t(rounded.x) & ~word));
+  return old;
 }
 
-// The same by a byte: r != 0 protects. By bits, since gcc does not vectorise the choice between floats by a byte.
-FASTCL_HD void store_unless(float* x, uint8_t r, float value) {
-  const int32_t keep = -static_cast<int32_t>(r != 0);
-  *x = float_from_bits((float_bits(*x) & keep) | (float_bits(value) & ~keep));
-}
-FASTCL_HD void store_unless(double* x, uint8_t r, double value) {
-  const int64_t keep = -static_cast<int64_t>(r != 0);
-  int64_t old, fresh;
-  std::memcpy(&old, x, sizeof old);
-  std::memcpy(&fresh, &value, sizeof fresh);
-  fresh = (old & keep) | (fresh & ~keep);
-  std::memcpy(x, &fresh, sizeof fresh);
-}
-template <class H>
-FASTCL_HD void store_unless(H* x, uint8_t r, float value) {
-  store_free(x, static_cast<float>(static_cast<int32_t>(r == 0)), value);
+// words[0..n) of the weights begin..begin+n of a bool or packed mask: -1 where one is reserved.
+FASTCL_HD void keep_words(int32_t* FASTCL_RESTRICT words, const MaskView& mask, int64_t begin, int64_t n) {
+  if (mask.kind == MaskKind::boolean) {
+    const uint8_t* FASTCL_RESTRICT r = static_cast<const uint8_t*>(mask.data) + begin;
+    for (int64_t i = 0; i < n; ++i) words[i] = -static_cast<int32_t>(r[i] != 0);
+    return;
+  }
+  const uint8_t* FASTCL_RESTRICT bytes = static_cast<const uint8_t*>(mask.data) + begin / 8;
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32, bytes += 4) {
+    const uint32_t word =
+        uint32_t(bytes[0]) | uint32_t(bytes[1]) << 8 | uint32_t(bytes[2]) << 16 | uint32_t(bytes[3]) << 24;
+    for (uint32_t j = 0; j < 32; ++j) words[i + j] = -static_cast<int32_t>((word >> j) & 1u);
+  }
+  for (int64_t j = 0; i + j < n; ++j) words[i + j] = -((bytes[j >> 3] >> (j & 7)) & 1);
 }
 
 // One weight's mask as a kernel wants it: checked, in the weight's memory order, temporaries kept alive.

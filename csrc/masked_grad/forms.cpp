@@ -29,9 +29,7 @@ struct Pack {
 };
 
 struct Unpack {
-  static FASTCL_HD void run(uint8_t* FASTCL_RESTRICT r, const uint8_t* FASTCL_RESTRICT bytes, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) r[i] = (bytes[i >> 3] >> (i & 7)) & 1;
-  }
+  static FASTCL_HD void run(uint8_t* r, const uint8_t* bytes, int64_t n) { unpack_bits(r, bytes, n); }
 };
 
 Tensor pack_mask(Tensor mask) {

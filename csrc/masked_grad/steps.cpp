@@ -8,15 +8,14 @@
 namespace fastcl {
 namespace {
 
-// What protects a piece of a parameter, settled once for the piece. A bool mask is read in the loop itself: it need not
-// touch the gradient, since what it protects is not stored. The other forms are expanded to shares, block by block.
-enum class Protection { nothing, bools, shares };
-
-constexpr int64_t kBuffer = 512;  // 256 and 1024 were slower
+// What protects a piece of a parameter, settled once for the piece and expanded block by block: bools and bits to words
+// that are -1 where one is set (they need not touch the gradient, since what they protect is not stored), every other
+// form to shares. A word as wide as a float keeps the loop free of unpacking, which would spill.
+enum class Protection { nothing, words, shares };
 
 template <class T, Protection protection>
 struct Keep {
-  const uint8_t* bools;
+  const int32_t* words;
   const arithmetic_t<T>* free;
 
   FASTCL_HD arithmetic_t<T> gradient(arithmetic_t<T> g, int64_t i) const {
@@ -24,8 +23,8 @@ struct Keep {
   }
   FASTCL_HD T operator()(T x, int64_t i, arithmetic_t<T> value) const {  // the value, or x where it is protected
     if constexpr (protection == Protection::nothing) store(&x, value);
-    if constexpr (protection == Protection::bools) store_unless(&x, bools[i], value);
-    if constexpr (protection == Protection::shares) store_free(&x, free[i], value);
+    if constexpr (protection == Protection::words) x = choose(words[i] < 0, x, value);
+    if constexpr (protection == Protection::shares) x = choose(free[i] == 0, x, value);
     return x;
   }
 };
@@ -33,8 +32,15 @@ struct Keep {
 // body(keep, first, n) for every block of a piece.
 template <class T, Protection protection, class Body>
 FASTCL_HD void in_blocks(const MaskView& mask, int64_t begin, int64_t n, const Body& body) {
-  if constexpr (protection != Protection::shares) {
-    body(Keep<T, protection>{static_cast<const uint8_t*>(mask.data) + begin, nullptr}, int64_t(0), n);
+  if constexpr (protection == Protection::nothing) {
+    body(Keep<T, protection>{nullptr, nullptr}, int64_t(0), n);
+  } else if constexpr (protection == Protection::words) {
+    alignas(64) int32_t words[kMaskBlock];
+    for (int64_t at = 0; at < n; at += kMaskBlock) {
+      const int64_t m = std::min(kMaskBlock, n - at);
+      keep_words(words, mask, begin + at, m);
+      body(Keep<T, protection>{words, nullptr}, at, m);
+    }
   } else {
     alignas(64) arithmetic_t<T> free[kMaskBlock];
     for (int64_t at = 0; at < n; at += kMaskBlock) {
@@ -45,6 +51,8 @@ FASTCL_HD void in_blocks(const MaskView& mask, int64_t begin, int64_t n, const B
   }
 }
 
+// In both steps every old value is read before the first store: big arrays begin at the same place in their pages, and
+// a CPU takes the load of one for a load of what was just stored to another (4 KiB aliasing: up to 1.8 times the time).
 template <class T, bool kMomentum, Protection protection>
 struct SgdStep {
   using A = arithmetic_t<T>;
@@ -53,17 +61,22 @@ struct SgdStep {
       block(p + at, g + at, b + at, keep, sgd, m);
     });
   }
-  static FASTCL_HD void block(T* FASTCL_RESTRICT p, const T* FASTCL_RESTRICT g, T* FASTCL_RESTRICT b,
-                              const Keep<T, protection> keep, const Sgd<A> sgd, int64_t n) {
+  static FASTCL_HD void block(T* p, const T* g, T* b, const Keep<T, protection> keep, const Sgd<A> sgd, int64_t n) {
+    FASTCL_INDEPENDENT
     for (int64_t i = 0; i < n; ++i) {
-      const A weight = load(p + i);
+      const T old_p = p[i];
+      const A weight = load(&old_p);
       A step = sgd.gradient(weight, keep.gradient(load(g + i), i));
       if constexpr (kMomentum) {
-        const A buffer = sgd.buffer(load(b + i), step);
-        b[i] = keep(b[i], i, buffer);
+        const T old_b = b[i];
+        const A buffer = sgd.buffer(load(&old_b), step);
         step = sgd.direction(buffer, step);
+        const T new_p = keep(old_p, i, sgd.update(weight, step));
+        b[i] = keep(old_b, i, buffer);
+        p[i] = new_p;
+      } else {
+        p[i] = keep(old_p, i, sgd.update(weight, step));
       }
-      p[i] = keep(p[i], i, sgd.update(weight, step));
     }
   }
 };
@@ -77,48 +90,30 @@ struct AdamStep {
       block(p + at, g + at, m1 + at, m2 + at, largest + at, keep, adam, m);
     });
   }
-  static FASTCL_HD void block(T* FASTCL_RESTRICT p, const T* FASTCL_RESTRICT g, T* FASTCL_RESTRICT m1,
-                              T* FASTCL_RESTRICT m2, T* FASTCL_RESTRICT largest, const Keep<T, protection> keep,
+  static FASTCL_HD void block(T* p, const T* g, T* m1, T* m2, T* largest, const Keep<T, protection> keep,
                               const Adam<A> adam, int64_t n) {
-    if constexpr (protection == Protection::nothing) {
-      for (int64_t i = 0; i < n; ++i) one(p, m1, m2, largest, p, m1, m2, largest, g, keep, adam, i, i);
-    } else {
-      // All loads of a piece come before its stores: big arrays begin at the same place in their pages, and the CPU
-      // takes the load of an old value for one of what was just stored to another array (4 KiB aliasing: 1.8 times the
-      // time).
-      alignas(64) T fresh[4][kBuffer];
-      for (int64_t at = 0; at < n; at += kBuffer) {
-        const int64_t m = std::min(kBuffer, n - at);
-        for (int64_t j = 0; j < m; ++j)
-          one(fresh[0], fresh[1], fresh[2], fresh[3], p, m1, m2, largest, g, keep, adam, j, at + j);
-        for (int64_t j = 0; j < m; ++j) p[at + j] = fresh[0][j];
-        for (int64_t j = 0; j < m; ++j) m1[at + j] = fresh[1][j];
-        for (int64_t j = 0; j < m; ++j) m2[at + j] = fresh[2][j];
-        for (int64_t j = 0; kLargest && j < m; ++j) largest[at + j] = fresh[3][j];
-      }
+    FASTCL_INDEPENDENT
+    for (int64_t i = 0; i < n; ++i) {
+      const T old_p = p[i], old_m1 = m1[i], old_m2 = m2[i], old_largest = kLargest ? largest[i] : T{};
+      const A weight = load(&old_p), gradient = adam.gradient(weight, keep.gradient(load(g + i), i));
+      const A mean = adam.mean(load(&old_m1), gradient), square = adam.square(load(&old_m2), gradient);
+      const A scale = kLargest ? adam.largest(load(&old_largest), square) : square;
+      const T new_p = keep(old_p, i, adam.update(weight, mean, scale));
+      const T new_m1 = keep(old_m1, i, mean), new_m2 = keep(old_m2, i, square);
+      const T new_largest = keep(old_largest, i, scale);
+      p[i] = new_p;
+      m1[i] = new_m1;
+      m2[i] = new_m2;
+      if constexpr (kLargest) largest[i] = new_largest;
     }
-  }
-  // Entry i of the old arrays to entry j of the new ones.
-  static FASTCL_HD void one(T* new_p, T* new_m1, T* new_m2, T* new_largest, const T* p, const T* m1, const T* m2,
-                            const T* largest, const T* g, const Keep<T, protection>& keep, const Adam<A>& adam,
-                            int64_t j, int64_t i) {
-    const A weight = load(p + i), gradient = adam.gradient(weight, keep.gradient(load(g + i), i));
-    const A mean = adam.mean(load(m1 + i), gradient), square = adam.square(load(m2 + i), gradient);
-    A scale = square;
-    if constexpr (kLargest) {
-      scale = adam.largest(load(largest + i), square);
-      new_largest[j] = keep(largest[i], i, scale);
-    }
-    new_m1[j] = keep(m1[i], i, mean);
-    new_m2[j] = keep(m2[i], i, square);
-    new_p[j] = keep(p[i], i, adam.update(weight, mean, scale));
   }
 };
 
 template <class F>
 void dispatch_protection(const MaskView& mask, const F& f) {
   if (mask.kind == MaskKind::none) return f(std::integral_constant<Protection, Protection::nothing>{});
-  if (mask.kind == MaskKind::boolean) return f(std::integral_constant<Protection, Protection::bools>{});
+  if (mask.kind == MaskKind::boolean || mask.kind == MaskKind::packed)
+    return f(std::integral_constant<Protection, Protection::words>{});
   f(std::integral_constant<Protection, Protection::shares>{});
 }
 
