@@ -48,6 +48,12 @@ def check_outputs(
         for owner, folder in folders.items():
             if name in files and os.path.dirname(real) == os.path.realpath(folder):
                 raise ValueError(f"{name} is {path}, in the folder of {owner}, which is fastcl's own")
+        try:
+            os.lstat(f"{real}.12345678.tmp")  # it is written under such a name first
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as error:
+            raise OSError(f"{name} is {str(path)[:60]}... but cannot be written: {reason(error)}") from None
         _probe(name, path, real if name in folders else os.path.dirname(real))
 
 

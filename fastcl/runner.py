@@ -68,6 +68,8 @@ class Config:
         for name, value in (("epochs", epochs), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{name} is {value} but must be at least 1")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed} but must fit 64 bits")
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import gzip
+import os
 import struct
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fastcl import streams
 
@@ -37,6 +42,8 @@ BAD = {
     "huge": (struct.pack(">BBBB3I", 0, 0, 8, 3, 2**31, 2**31, 4), "at most 2147483648 are read"),
     "broken gzip": (gzip.compress(GOOD)[:-12] + b"\0" * 12, "not a valid gzip file"),
     "cut gzip": (gzip.compress(GOOD)[:15], "not a valid gzip file"),
+    "huge behind a zero": (struct.pack(">BBBB3I", 0, 0, 8, 3, 0, 2**31, 2**31), "at most 2147483648 are read"),
+    "overflow": (struct.pack(">BBBB8I", 0, 0, 14, 8, *[2**32 - 1] * 8), "at most 2147483648 are read"),
     "gzip bomb": (gzip.compress(GOOD + b"\0" * 10**7), "bytes after the 6"),
 }
 
@@ -61,6 +68,54 @@ def test_every_truncation_and_flipped_header_is_refused_or_read(tmp_path: Path) 
                     streams.read_idx(tmp_path / "f")
                 except ValueError:
                     continue
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), zipped=st.booleans())
+def test_any_bytes_are_refused_or_are_what_they_say(tmp_path: Path, data: st.DataObject, zipped: bool) -> None:
+    """Headers of any type and sizes, bodies of any length, then a few bytes changed; at most what fits is read."""
+    sizes = data.draw(st.lists(st.integers(0, 5) | st.integers(0, 2**32 - 1), max_size=8))
+    kind = data.draw(st.sampled_from([8, 9, 11, 12, 13, 14]) | st.integers(0, 255))
+    body = data.draw(st.binary(max_size=200) | st.integers(0, 4000).map(bytes))
+    made = bytearray(struct.pack(f">BBBB{len(sizes)}I", 0, 0, kind, len(sizes), *sizes) + body)
+    if zipped:
+        made = bytearray(gzip.compress(bytes(made)))
+    for at, value in data.draw(st.lists(st.tuples(st.integers(0, len(made) - 1), st.integers(0, 255)), max_size=2)):
+        made[at] = value
+    (tmp_path / "f").write_bytes(made)
+    try:
+        found = streams.read_idx(tmp_path / "f")
+    except ValueError as error:
+        assert str(tmp_path / "f") in str(error)  # noqa: PT017
+    else:
+        assert found.nbytes <= max(len(made), 4100)
+        assert found.dtype.isnative
+
+
+def test_what_is_not_a_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not a file"):
+        streams.read_idx(tmp_path)
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")  # would wait for ever
+        with pytest.raises(ValueError, match="is not a file"):
+            streams.read_idx(tmp_path / "pipe")
+    with pytest.raises(FileNotFoundError):
+        streams.read_idx(tmp_path / "none")
+
+
+def test_a_bomb_stays_small(tmp_path: Path) -> None:
+    """64 MiB of zeros in 64 KiB; no more than the header says, and a byte, is unpacked."""
+    packed = zlib.compressobj(9, wbits=31)
+    parts = [packed.compress(struct.pack(">BBBBI", 0, 0, 8, 1, 100))]
+    parts += [packed.compress(bytes(1 << 24)) for _ in range(4)]
+    (tmp_path / "f").write_bytes(b"".join([*parts, packed.flush()]))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="bytes after the 100"):
+            streams.read_idx(tmp_path / "f")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def write_mnist(root: Path, *, labels: int = 20, worst: int = 9, suffix: str = ".gz") -> None:
@@ -93,8 +148,21 @@ def test_bad_mnist(tmp_path: Path) -> None:
     write_mnist(tmp_path, worst=11)
     with pytest.raises(ValueError, match="has the label 11"):
         streams.load("mnist", tmp_path)
-    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(GOOD))
-    with pytest.raises(ValueError, match=r"must be bytes \[N, H, W\]"):
+    write_mnist(tmp_path)
+    images, labels = (tmp_path / f"t10k-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1"))
+    good = images.read_bytes(), labels.read_bytes()
+    for bad, message in (
+        (gzip.compress(GOOD), r"must be bytes \[N, H, W\]"),
+        (good[1], r"t10k-images-idx3-ubyte.gz has shape \[20\] of uint8 but must be bytes \[N, H, W\]"),
+        (gzip.compress(idx(np.zeros((20, 14, 14), np.uint8))), r"t10k.* has images of \[14, 14\] but .* \[28, 28\]"),
+        (gzip.compress(idx(np.zeros((0, 28, 28), np.uint8))), "there is no pixel in it"),
+    ):
+        images.write_bytes(bad)
+        with pytest.raises(ValueError, match=message):
+            streams.load("mnist", tmp_path)
+    images.write_bytes(good[0])
+    labels.write_bytes(good[0])
+    with pytest.raises(ValueError, match=r"labels-idx1.* has shape \[20, 28, 28\] of uint8 but must be bytes \[N\]"):
         streams.load("mnist", tmp_path)
 
 
