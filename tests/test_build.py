@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -94,3 +97,41 @@ def test_works_without_the_python_extension(bare: Path) -> None:
     code = "import sys; sys.modules['fastcl._C'] = None; "  # an editable install would find it elsewhere
     code += "import fastcl; i = fastcl.build_info(); print(i['extension'], i['kernels']['masked_grad_'])"
     assert python(code, bare).stdout.strip() == "None c++"
+
+
+def test_sdist_is_whole_and_reproducible(tmp_path: Path) -> None:
+    """Headers and tests are in it, and two of them are equal to the byte, whenever and by whomever they were made."""
+    made = []
+    for i, mask in enumerate(("022", "077")):
+        source = tmp_path / str(i)
+        ignore = shutil.ignore_patterns("*.so", "__pycache__", "results")
+        for name in ("csrc", "fastcl", "tests", "bench"):
+            shutil.copytree(ROOT / name, source / name, ignore=ignore, copy_function=shutil.copyfile)
+        for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "Makefile"):
+            shutil.copyfile(ROOT / name, source / name)
+        command = f"umask {mask} && {shlex.quote(sys.executable)} setup.py -q sdist"
+        env = {**os.environ, "SOURCE_DATE_EPOCH": "1700000000", "FASTCL_PURE_PYTHON": "1"}
+        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=source, env=env)
+        assert done.returncode == 0, done.stderr
+        made += (source / "dist").glob("*.tar.gz")
+    first, second = made
+    assert first.read_bytes() == second.read_bytes()
+    with tarfile.open(first) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for path in (*(ROOT / "csrc").rglob("*.[hc]*"), *(ROOT / "tests").rglob("*.py"), *(ROOT / "fastcl").rglob("*.py")):
+        assert str(path.relative_to(ROOT)) in names
+    assert {"setup.py", "pyproject.toml", "README.md", "LICENSE", "Makefile"} <= names
+    assert not any(name.endswith((".so", ".pyc")) for name in names)
+
+
+def test_kernels_keep_to_the_stable_abi() -> None:
+    """Whatever torch 2.10 or later is here tomorrow, today's library loads (`pip install torch-abi-audit`)."""
+    audit = shutil.which(
+        "torch-abi-audit", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    )
+    if audit is None:
+        pytest.skip("torch-abi-audit is not installed")
+    if fastcl.build_info()["pure_python"]:
+        pytest.skip("built without a compiler")
+    done = subprocess.run([audit, fastcl.build_info()["library"]], capture_output=True, text=True)
+    assert re.search(r"Torch ABI:\s+STABLE\n\s*Min torch:\s+2\.10\.", done.stdout), done.stdout + done.stderr
