@@ -210,6 +210,9 @@ def _explain(op: torch._ops.OpOverload, error: Exception, args: Sequence[Any]) -
     for argument, value in zip(op._schema.arguments, args, strict=False):
         if wrong := _no_tensor(argument.name, str(argument.type), value):
             return TypeError(f"{op._opname}: {wrong}")
+    if "API call failed" in text and any(name in text for name in ("empty", "new_empty", "contiguous")):
+        # through the stable ABI of torch 2.10 the allocator's own words do not come back
+        return MemoryError(f"{op._opname}: not enough memory for a result or a copy of an argument; nothing is written")
     if "Expected a value of type" in text or "Unable to cast" in text:
         return TypeError(text.split("\n", 1)[0])
     if text.startswith(f"{op._opname}: ") and "requires grad" not in text and "gradient graph" not in text:

@@ -85,7 +85,7 @@ class EWC(Regulariser):
         if set(fisher) != set(params):
             raise ValueError(f"fisher must have the parameters {sorted(params)[:3]} ..., got {sorted(fisher)[:3]} ...")
         for name, f in fisher.items():
-            self._check(name, f)
+            self._check_new(name, f)
         if self.form != "separate":
             self._accumulate(fisher, self.gamma if self.form == "online" else 1.0)
             return

@@ -201,18 +201,20 @@ def _batched(
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if distributed.mesh_of(list(params.values())) is not None:
         raise ValueError("kind is 'batched' but must be another one for a model under fully_shard")
-    sums = {name: torch.zeros_like(p) for name, p in params.items()}
+    sums = {name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in params.items()}
     n_batches = 0
     with evaluating(model):
         for x, y in labelled(model, batches, required=True):
             with torch.enable_grad():
                 output = model(x)
+            if not len(output):
+                continue
             (v,) = _cotangents(output.detach(), y, "empirical", loss, classes, None)
             grads = torch.autograd.grad(
                 output, list(params.values()), v / output.shape[0], allow_unused=True, materialize_grads=True
             )
             for total, g in zip(sums.values(), grads, strict=True):
-                total += g.square()
+                total += g.to(total.dtype).square()
             n_batches += 1
     n_batches = distributed.add_up(list(sums.values()), n_batches, groups)
     if n_batches == 0:

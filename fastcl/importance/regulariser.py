@@ -131,6 +131,18 @@ class Regulariser:
     def _params(self) -> dict[str, Tensor]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
+    def _check_new(self, name: str, importance: Tensor) -> None:
+        """Importances that come from elsewhere: of the parameter's shape, in the dtype that sums are kept in."""
+        p = self._params()[name]
+        if not isinstance(importance, Tensor) or importance.shape != p.shape or importance.device != p.device:
+            raise ValueError(f"the importance of {name} must be a {p.device} tensor of shape {list(p.shape)}")
+        if importance.dtype != torch.promote_types(p.dtype, torch.float32):
+            raise ValueError(
+                f"the importance of {name} has dtype {importance.dtype} but must have "
+                f"{torch.promote_types(p.dtype, torch.float32)}"
+            )
+        self._check(name, importance)
+
     def _check(self, name: str, importance: Tensor) -> None:
         (shard,) = local([importance])
         if not (shard >= 0).all() or torch.isinf(shard).any():
@@ -156,7 +168,7 @@ class Regulariser:
         if set(new) != set(params):
             raise ValueError(f"importances are for {sorted(new)[:3]} ... but the model has {sorted(params)[:3]} ...")
         for name, f in new.items():
-            self._check(name, f)
+            self._check_new(name, f)
         self._aligned()  # old importances take the shape of grown parameters
         known = [name for name in new if name in self.importances]
         lists = (local([values[n] for n in known]) for values in (self.importances, new))

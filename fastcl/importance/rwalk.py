@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -55,10 +56,10 @@ class RWalk(PathRegulariser):
     ) -> None:
         if not 0 < alpha <= 1:
             raise ValueError(f"alpha is {alpha} but must lie in (0, 1]")
-        if delta_t < 1:
-            raise ValueError(f"delta_t is {delta_t} but must be at least 1")
-        if not epsilon > 0:
-            raise ValueError(f"epsilon is {epsilon} but must be positive")
+        if not isinstance(delta_t, int) or delta_t < 1:
+            raise ValueError(f"delta_t is {delta_t} but must be a whole number, at least 1")
+        if not 0 < epsilon < math.inf:
+            raise ValueError(f"epsilon is {epsilon} but must be finite and positive")
         super().__init__(model, strength, optimizer, dtype=dtype)
         self.strength *= 2  # the shared penalty has 1/2
         self.alpha, self.delta_t, self.epsilon = alpha, delta_t, epsilon

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -44,8 +45,8 @@ class SI(PathRegulariser):
         *,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if not xi > 0:
-            raise ValueError(f"xi is {xi} but must be positive")
+        if not 0 < xi < math.inf:
+            raise ValueError(f"xi is {xi} but must be finite and positive")
         super().__init__(model, strength, optimizer, dtype=dtype)
         self.strength *= 2  # the shared penalty has 1/2
         self.xi = xi

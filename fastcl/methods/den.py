@@ -149,7 +149,7 @@ class DEN(ByTask):
                 self.observe(x[part], y[part])
 
     def observe(self, x: Tensor, y: Tensor) -> float:
-        self.check_labels(y)
+        self.check_batch(x, y)
         self.optimizer.zero_grad()
         loss = self.loss(x, y)
         loss.backward()
@@ -212,8 +212,10 @@ class DEN(ByTask):
     # ---- algorithms 3 and 4 ----
 
     def end_task(self, batches: Batches) -> None:
-        report, t = self.reports[-1], len(self.tasks) - 1
         batches = list(batches)
+        if not batches:
+            raise ValueError("batches is empty: DEN looks at the task's data when it ends")
+        report, t = self.reports[-1], len(self.tasks) - 1
         if t > 0:
             report["loss"] = self._mean_loss(batches)
             added = [0] * len(self.stamps)

@@ -160,7 +160,7 @@ class DGM(Generative):
 
     def observe(self, x: Tensor, y: Tensor) -> float:
         """One step of the discriminator and one of the generator; returns the classifier's loss."""
-        self.check_labels(y)
+        self.check_batch(x, y)
         self._batch = self._batch or len(y)  # the first batch of a task tells the size of the others
         batches = max(1, math.ceil(self._samples / self._batch))
         at = min(self._epoch, self.n_epochs - 1), self.n_epochs, min(self._seen // self._batch, batches - 1), batches

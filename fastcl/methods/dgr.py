@@ -75,7 +75,7 @@ class DGR(Replaying):
             self.solver = copy.deepcopy(self.model).eval()
 
     def observe(self, x: Tensor, y: Tensor) -> float:
-        self.check_labels(y)
+        self.check_batch(x, y)
         share = 1.0 if self.solver is None else self.r or 1 / len(self.tasks)
         loss = share * super().loss(x, y)
         old = None

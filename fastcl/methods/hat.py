@@ -136,7 +136,7 @@ class HAT(ByTask):
         return found
 
     def observe(self, x: Tensor, y: Tensor) -> float:
-        self.check_labels(y)
+        self.check_batch(x, y)
         if self._seen == 0:
             self._batch = len(y)  # the first batch of an epoch tells the size of the others
         batches = max(1, math.ceil(self._samples / self._batch))

@@ -124,7 +124,7 @@ class LatentGenerativeMemory(Method):
                 self.old_embedder = copy.deepcopy(self.embedder).eval()
 
     def observe(self, x: Tensor, y: Tensor) -> float:
-        self.check_labels(y)
+        self.check_batch(x, y)
         z = self.embedder(x)
         if not self.scale:
             self.scale = max(z.detach().square().mean().sqrt().item(), 1e-6)

@@ -108,7 +108,7 @@ class MeRGAN(Generative):
 
     def observe(self, x: Tensor, y: Tensor) -> float:
         """A step of the discriminator and, every `critic_steps` times, one of the generator; the class head's loss."""
-        self.check_labels(y)
+        self.check_batch(x, y)
         n, device = len(x), x.device
         before = self._past(n, device) if self.previous is not None else y[:0]
         with torch.no_grad():

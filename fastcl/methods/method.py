@@ -102,9 +102,10 @@ class Method:
 
         Raises:
             RuntimeError: before the first `begin_task`.
-            ValueError: an empty batch, or a label that is not one of the current classes; nothing has been learned.
+            ValueError: an empty batch, x with NaN or infinity or of another length than y, a label that is not one of
+                the current classes; nothing has been learned.
         """
-        self.check_labels(y)
+        self.check_batch(x, y)
         self.optimizer.zero_grad()
         loss = self.loss(x, y)
         loss.backward()
@@ -114,6 +115,14 @@ class Method:
 
     def resume_tasks(self, tasks: Sequence[Task]) -> None:
         """Called after `load_state_dict` with the stream's tasks, for methods whose data is not in the state."""
+
+    def check_batch(self, x: Tensor, y: Tensor) -> None:
+        """What :meth:`observe` asks of a batch: a NaN would end in every weight."""
+        self.check_labels(y)
+        if len(x) != len(y):
+            raise ValueError(f"x has {len(x)} samples but y has {len(y)} labels")
+        if x.is_floating_point() and not x.isfinite().all():
+            raise ValueError("x has NaN or infinite values")
 
     def check_labels(self, y: Tensor) -> None:
         known = torch.tensor(self.classes, device=y.device)
@@ -142,6 +151,8 @@ class Method:
         Raises:
             ValueError: a task that has not begun.
         """
+        if task is None and not self.tasks:
+            raise RuntimeError("begin_task must come first")
         if task is None:
             known = self.seen
         else:
@@ -378,6 +389,8 @@ class ByTask(Method):
         Raises:
             ValueError: an index of a task that has not begun.
         """
+        if task is None and not self.tasks:
+            raise RuntimeError("begin_task must come first")
         if task is not None:
             index = task if isinstance(task, int) else task.index
             if isinstance(task, int) and not 0 <= index < len(self.tasks):

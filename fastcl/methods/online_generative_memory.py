@@ -87,7 +87,7 @@ class OnlineGenerativeMemory(Replaying):
         self.shown: list[Tensor] = []
 
     def observe(self, x: Tensor, y: Tensor) -> float:
-        self.check_labels(y)
+        self.check_batch(x, y)
         if self.memory_of.previous is None:
             value = super().observe(x, y)
             self.memory_of.learn(x, y)
