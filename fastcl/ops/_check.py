@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Generator, Sequence
 from itertools import pairwise
@@ -25,7 +26,13 @@ def reference(body: Callable[..., Checked[T]]) -> Callable[..., T]:
     @functools.wraps(body)
     def run(*args: Any, **kwargs: Any) -> T:
         parts = body(*args, **kwargs)
-        next(parts)
+        try:
+            next(parts)
+        except AttributeError:  # torch's dispatcher lets None through where a tensor must stand
+            for name, arg in zip(inspect.signature(body).parameters, args, strict=False):
+                if arg is None:
+                    raise TypeError(f"{body.__name__}: {name} must be a tensor, not NoneType") from None
+            raise
         try:
             next(parts)
         except StopIteration as result:
@@ -57,12 +64,20 @@ def lengths(op: str, name: str, n: int, like: str, expected: int) -> None:
         raise ValueError(f"{op}: {name} has {n} tensors but must have as many as {like}, {expected}")
 
 
+def strided(op: str, name: str, t: Tensor) -> None:
+    """For a sparse tensor torch finds no kernel of ours and takes the reference, which is not written for it."""
+    if t.layout != torch.strided:
+        raise ValueError(f"{op}: {name} must be dense, not {str(t.layout).removeprefix('torch.')}")
+
+
 def floating(op: str, name: str, t: Tensor) -> None:
+    strided(op, name, t)
     if t.dtype not in FLOATS:
         raise ValueError(f"{op}: {name} must be float32, float64, bfloat16 or float16")
 
 
 def device(op: str, name: str, t: Tensor, like_name: str, other: Tensor) -> None:
+    strided(op, name, t)
     if t.device != other.device:
         raise ValueError(f"{op}: {name} must be a {other.device.type.upper()} tensor like {like_name}")
 
@@ -78,6 +93,7 @@ def like(op: str, name: str, t: Tensor, like_name: str, other: Tensor, *, dtype:
 
 
 def output(op: str, name: str, t: Tensor) -> None:
+    strided(op, name, t)
     dims = [(stride, size) for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1]
     if any(stride == 0 for stride, _ in dims) or (has_values(t) and t.numel() and _overlaps_itself(dims)):
         raise ValueError(f"{op}: {name} overlaps itself (an expanded tensor): write to a contiguous clone instead")

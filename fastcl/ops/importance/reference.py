@@ -129,6 +129,8 @@ def accumulate_conv_(
         raise ValueError(f"{op}: stride, padding and dilation must each have {spatial} numbers")
     if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
         raise ValueError(f"{op}: stride and dilation must be at least 1, padding not negative")
+    if max(*stride, *padding, *dilation) >= 2**31:
+        raise ValueError(f"{op}: stride, padding and dilation must be less than 2^31")
     for d in range(spatial):
         reach = (grad.shape[d + 2] - 1) * stride[d] + (out.shape[d + 2] - 1) * dilation[d]
         if grad.shape[d + 2] and reach >= input.shape[d + 2] + 2 * padding[d]:
