@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 RUN = $(VENV)/bin
 
-.PHONY: demo test bench lint wheel torch-versions triton-versions integrations kills sanitize large clean
+.PHONY: demo test bench lint wheel torch-versions triton-versions integrations side-by-side kills sanitize large clean
 
 demo: $(VENV)/.built  ## train a continual-learning stream on real data (about two minutes)
 	$(RUN)/python -m fastcl demo --out out
@@ -31,6 +31,10 @@ triton-versions: $(VENV)/.built  ## the GPU kernels in the interpreter and compi
 
 integrations: $(VENV)/.built  ## the plugins in avalanche-lib and Lightning themselves (downloads them; not part of CI)
 	PYTHON=$(abspath $(RUN))/python bash .ci/integrations
+
+side-by-side: $(VENV)/.built  ## Avalanche's plugins and scikit-learn's mixture beside ours (downloads the former; a quiet machine)
+	PYTHON=$(abspath $(RUN))/python bash .ci/integrations install
+	PYTHONPATH=$(abspath out/integrations) $(RUN)/python -W ignore bench/side_by_side.py --out bench/results/side_by_side.md
 
 kills: $(VENV)/.built  ## 50 SIGKILLs a method at random moments, resumed: equal to the bit to runs never killed
 	OMP_NUM_THREADS=1 $(RUN)/python .ci/kills
