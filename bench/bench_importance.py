@@ -12,71 +12,11 @@ import torch
 
 import fastcl
 from fastcl import ops
+from fastcl.bench import workloads
 
-STRENGTH = 2.0
 
-
-def test_penalty_with_gradient(contest: Callable, compiled: Callable, copy_rate: Callable, device, shapes) -> None:
-    """What a step of EWC adds: the penalty's value and its gradient on top of the loss's."""
-    params = [torch.randn(s, device=device, requires_grad=True) for s in shapes]
-    anchors = [torch.randn(s, device=device) for s in shapes]
-    importances = [torch.rand(s, device=device) for s in shapes]
-    for p in params:
-        p.grad = torch.zeros_like(p)
-    grads = [p.grad for p in params]
-    n = sum(p.numel() for p in params)
-
-    def value() -> torch.Tensor:
-        terms = [(f * (p - a).square()).sum() for p, a, f in zip(params, anchors, importances, strict=True)]
-        return 0.5 * STRENGTH * torch.stack(terms).sum()
-
-    def autograd() -> torch.Tensor:
-        loss = value()
-        loss.backward()
-        return loss.detach()
-
-    @torch.no_grad()
-    def by_hand() -> torch.Tensor:
-        total = torch.zeros((), device=device)
-        for p, a, f, g in zip(params, anchors, importances, grads, strict=True):
-            drift = p - a
-            slope = STRENGTH * f * drift
-            g += slope
-            total = total + 0.5 * (slope * drift).sum()
-        return total
-
-    @torch.no_grad()
-    def foreach() -> torch.Tensor:
-        drift = torch._foreach_sub(params, anchors)
-        slope = torch._foreach_mul(importances, drift)
-        torch._foreach_mul_(slope, STRENGTH)
-        torch._foreach_add_(grads, slope)
-        return 0.5 * torch.stack([(s * d).sum() for s, d in zip(slope, drift, strict=True)]).sum()
-
-    @torch.no_grad()
-    def fused(check: bool) -> torch.Tensor:
-        return ops.quadratic_penalty_grad_(grads, params, anchors, importances, STRENGTH, check=check)
-
-    contenders: dict[str, Any] = {
-        "fastcl": lambda: fused(False),
-        "fastcl, importances checked": lambda: fused(True),
-        "eager autograd": autograd,
-        "eager by hand": by_hand,
-        "_foreach_": foreach,
-        **compiled(by_hand),
-    }
-
-    def check(contenders: dict[str, Any]) -> None:
-        want_value = value().detach()
-        want = torch.autograd.grad(value(), params)
-        for call in contenders.values():
-            for g in grads:
-                g.zero_()
-            torch.testing.assert_close(call(), want_value, rtol=1e-4, atol=0)
-            for g, w in zip(grads, want, strict=True):
-                torch.testing.assert_close(g, w)
-
-    contest(contenders, check, floor=20 * n / copy_rate(device, 20 * n))
+def test_penalty_with_gradient(play: Callable, compiled: Callable, device, shapes) -> None:
+    play(workloads.penalty(device, compiled, shapes))
 
 
 DENSE = [(128, None, 400, 784), (128, 256, 64, 576), (128, 64, 128, 1152), (128, 16, 256, 2304), (64, 16, 512, 4608),
@@ -191,20 +131,6 @@ def test_ewc_step(contest: Callable, device) -> None:
     contest({"fastcl": fused, "eager penalty": eager, "no penalty": lambda: loss().backward()}, check)
 
 
-def _mlp() -> torch.nn.Module:
-    return torch.nn.Sequential(
-        torch.nn.Flatten(), torch.nn.Linear(784, 400), torch.nn.ReLU(), torch.nn.Linear(400, 400), torch.nn.ReLU(),
-        torch.nn.Linear(400, 10),
-    )  # fmt: skip
-
-
-def _convnet() -> torch.nn.Module:
-    layers: list[torch.nn.Module] = []
-    for a, b in ((3, 32), (32, 64), (64, 128), (128, 128)):
-        layers += [torch.nn.Conv2d(a, b, 3, padding=1), torch.nn.BatchNorm2d(b), torch.nn.ReLU(), torch.nn.MaxPool2d(2)]
-    return torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(512, 10))
-
-
 class _Block(torch.nn.Module):
     def __init__(self, a: int, b: int, stride: int) -> None:
         super().__init__()
@@ -257,8 +183,8 @@ class _Encoder(torch.nn.Module):
 
 
 NETWORKS: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
-    "MLP 0.5M": (_mlp, (128, 1, 28, 28)),
-    "4-conv net": (_convnet, (128, 3, 32, 32)),
+    "MLP 0.5M": (workloads.mlp, (128, 1, 28, 28)),
+    "4-conv net": (workloads.convnet, (128, 3, 32, 32)),
     "encoder, 64 tokens": (_Encoder, (128, 64, 32)),
     "ResNet-18": (_resnet18, (128, 3, 32, 32)),
 }
@@ -284,7 +210,7 @@ def _backpack(net: torch.nn.Module, batches: list[Any], name: str) -> dict[str, 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_fisher(contest: Callable, device, name: str, layout: str) -> None:
+def test_fisher(play: Callable, device, name: str, layout: str) -> None:
     """The exact empirical Fisher of one batch of 128, against a plain forward and backward pass of the same batch."""
     make, shape = NETWORKS[name]
     if layout == "channels_last" and name not in ("4-conv net", "ResNet-18"):
@@ -294,45 +220,10 @@ def test_fisher(contest: Callable, device, name: str, layout: str) -> None:
     net = make().to(device, memory_format=form).eval()
     x = torch.randn(shape, device=device).contiguous(memory_format=form)
     y = torch.randint(0, 10, (len(x),), device=device)
-    batches = [(x, y)] * (32 if name.startswith("MLP") else 1)  # a data set's worth of a small network
-
-    def plain() -> None:
-        for a, b in batches:
-            net.zero_grad()
-            torch.nn.functional.cross_entropy(net(a), b).backward()
-
-    def vmapped() -> dict[str, torch.Tensor]:
-        params = {k: v.detach() for k, v in net.named_parameters()}
-
-        def loss(values: dict[str, torch.Tensor], a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-            return torch.nn.functional.cross_entropy(torch.func.functional_call(net, values, (a[None],)), b[None])
-
-        grads = torch.func.vmap(torch.func.grad(loss), (None, 0, 0), chunk_size=16)(params, x, y)
-        return {k: g.square().mean(0) for k, g in grads.items()}
-
-    def sample_by_sample() -> None:  # EWC's usual loop
-        sums = [torch.zeros_like(p) for p in net.parameters()]
-        for a, b in batches:
-            for n in range(len(a)):
-                loss = torch.nn.functional.cross_entropy(net(a[n : n + 1]), b[n : n + 1])
-                for total, g in zip(sums, torch.autograd.grad(loss, list(net.parameters())), strict=True):
-                    total.addcmul_(g, g)
-
-    contenders: dict[str, Any] = {
-        "fastcl": lambda: fastcl.fisher_diagonal(net, batches),
-        "plain forward + backward": plain,
-        **({} if name == "ResNet-18" else {"sample by sample": sample_by_sample}),
-        **_backpack(net, batches, name),
-        "batch gradient squared (not the Fisher)": lambda: fastcl.fisher_diagonal(net, batches, kind="batched"),
-        "torch.func, chunks of 16": lambda: [vmapped() for _ in batches],
-    }
-
-    def check(contenders: dict[str, Any]) -> None:
-        found, want = contenders["fastcl"](), vmapped()
-        for key, value in want.items():
-            torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4 * value.max().item())
-
-    contest(contenders, check)
+    n_batches = 32 if name.startswith("MLP") else 1  # a data set's worth of a small network
+    contest = workloads.fisher(net, x, y, n_batches, one_by_one=name != "ResNet-18")
+    contest.contenders |= _backpack(net, [(x, y)] * n_batches, name)
+    play(contest)
 
 
 def test_si_step(contest: Callable, compiled: Callable, copy_rate: Callable, device, shapes) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `fastcl run | methods | info | demo`."""
+"""The command line: `fastcl run | methods | info | demo | bench`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ try:
     import safetensors  # noqa: F401  checkpoints
     import typer
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
     from rich.table import Table
 except ImportError as error:
     sys.exit(f"fastcl: the command line needs the package {error.name}: run `pip install 'fastcl[cli]'`")
@@ -25,6 +32,7 @@ except ImportError as error:
 import torch
 
 from . import __version__, build_info, streams
+from . import bench as benchmarks
 from ._paths import check_outputs
 from .checkpoint import write_atomically
 from .methods import METHODS
@@ -102,10 +110,7 @@ def run(
     previous: Annotated[bool, typer.Option("--previous", help="Continue from the one before it.")] = False,
 ) -> None:
     """Train METHOD on a stream of tasks and report its accuracy on each."""
-    if threads is not None:
-        if threads < 1:
-            raise _BadInput(f"threads is {threads} but must be at least 1")
-        torch.set_num_threads(threads)
+    _set_threads(threads)
     if plot is not None and plot.suffix not in (".png", ".pdf", ".svg"):
         raise _BadInput(f"plot is {plot} but must end in .png, .pdf or .svg")
     with _explained(checkpoint):
@@ -196,6 +201,55 @@ def _check_outputs(config: Config, files: dict[str, Path | None], folders: dict[
         check_outputs(files, folders, streams.files(config.data, config.data_root))
     except (ValueError, OSError) as error:
         raise _BadInput(str(error)) from None
+
+
+@app.command()
+def bench(
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    quick: Annotated[bool, typer.Option("--quick", help="Small tensors, few rounds, no torch.compile.")] = False,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for bench.md, bench.json and bench.png.")] = Path("out"),
+) -> None:
+    """fastcl against eager torch and torch.compile on this machine: a table and a picture."""
+    _set_threads(threads)
+    try:
+        check_outputs({name: out / name for name in ("bench.json", "bench.md", "bench.png")})
+    except (ValueError, OSError) as error:
+        raise _BadInput(str(error)) from None
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise _BadInput(f"device is {device!r} but cannot be used here: {str(error).splitlines()[0]}") from None
+    plots = _plots()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("")
+
+        def report(name: str, done: int, total: int) -> None:
+            progress.update(bar, description=name, completed=done, total=total)
+
+        result = benchmarks.run(device, quick, compile=not quick, report=report)
+    table = Table("case", "fastcl", "contender", "ratio", title="Time relative to fastcl", header_style="bold")
+    for case in result["cases"]:
+        mine = case["medians"]["fastcl"]
+        for i, (name, seconds) in enumerate((k, v) for k, v in case["medians"].items() if k != "fastcl"):
+            first = () if i else (case["name"], benchmarks.human(mine))
+            table.add_row(*(first or ("", "")), name, f"{seconds / mine:.2f}")
+        table.add_section()
+    console.print(table)
+    for note in result["notes"]:
+        console.print(note, markup=False)
+    write_atomically(out / "bench.json", (json.dumps(result, indent=1) + "\n").encode())
+    write_atomically(out / "bench.md", benchmarks.table(result).encode())
+    plots.speed_picture(result, out / "bench.png")
+    console.print(f"Table and picture: {out / 'bench.md'}, {out / 'bench.png'}")
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        if threads < 1:
+            raise _BadInput(f"threads is {threads} but must be at least 1")
+        torch.set_num_threads(threads)
 
 
 def _prepare(config: Config, folder: Path | None = None, **how: bool) -> Run:

@@ -80,6 +80,48 @@ def comparison_picture(results: Sequence[dict[str, Any]], path: str | Path) -> N
         _save(figure, Path(path))
 
 
+def speed_picture(result: dict[str, Any], path: str | Path) -> None:
+    """`fastcl bench`: a bar for every contender of every case, its time over fastcl's, on a logarithmic axis.
+
+    Example:
+        >>> case = {"name": "masked_grad_", "medians": {"fastcl": 1e-5, "eager": 4e-5, "floor": 8e-6}}
+        >>> speed_picture({"fastcl": "0.1", "torch": "2.13", "device": "cpu", "cases": [case]}, folder / "a.png")
+        >>> (folder / "a.png").stat().st_size > 1000
+        True
+    """
+    ticks, largest, smallest, y = [], 1.0, 1.0, 0.0
+    n_bars = sum(len(case["medians"]) - 1 for case in result["cases"])
+    with plt.rc_context(_STYLE):
+        size = (9.2, 0.9 + 0.2 * n_bars + 0.18 * len(result["cases"]))
+        figure, axis = plt.subplots(figsize=size, layout="constrained")
+        for case in result["cases"]:
+            mine = case["medians"]["fastcl"]
+            ticks.append((y, case["name"]))
+            for name, seconds in case["medians"].items():
+                if name == "fastcl":
+                    continue
+                ratio = seconds / mine
+                colour = FAINT if name == "floor" else COLOURS[1] if ratio >= 1 else COLOURS[3]
+                axis.barh(y, ratio - 1, left=1, height=0.78, color=colour)
+                shown = f"{ratio:.0f}" if ratio >= 20 else f"{ratio:.2g}"
+                axis.text(max(ratio, 1) * 1.05, y, f"{name}  {shown}", va="center", fontsize=7.5)
+                y, largest, smallest = y + 1, max(largest, ratio), min(smallest, ratio)
+            y += 0.8
+        axis.axvline(1, color=INK, linewidth=0.8)
+        axis.set(xscale="log", xlim=(0.8 * smallest, 8 * largest), ylim=(y - 1.2, -0.8))
+        axis.set_yticks([at for at, _ in ticks], [name for _, name in ticks], fontsize=8)
+        axis.tick_params(axis="y", length=0)
+        times = [t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200) if smallest <= t <= largest]
+        axis.set_xticks(times, [f"{t:g}" for t in times], fontsize=8)
+        axis.set_xticks([], minor=True)
+        axis.set_xlabel(
+            "time relative to fastcl, logarithmic (red: faster than fastcl; grey: the bytes that must move)"
+        )
+        axis.set_title(f"fastcl {result['fastcl']}, torch {result['torch']}, {result['device']}", fontsize=10)
+        axis.spines["left"].set_visible(False)
+        _save(figure, Path(path))
+
+
 def _label_ends(axis: Axes, ends: list[tuple[float, str, int]], gap: float) -> None:
     """The last values beside their curves, pushed apart where they would print on each other."""
     at = float("inf")

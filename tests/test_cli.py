@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from fastcl.bench.race import Call, Contest, race
 
 from .conftest import ROOT
 
@@ -39,7 +42,37 @@ def test_methods_and_info() -> None:
     assert json.loads(fastcl("info").stdout)["kernels"]["masked_grad_"] in ("c++", "reference")
 
 
+def test_bench_writes_table_and_picture(tmp_path: Path) -> None:
+    done = fastcl("bench", "--quick", "--threads", 1, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bench.json", "bench.md", "bench.png"]
+    result = json.loads((tmp_path / "bench.json").read_text())
+    table = (tmp_path / "bench.md").read_text()
+    assert len(result["cases"]) == 10
+    for case in result["cases"]:
+        assert len(case["medians"]) >= 3
+        assert all(0 < seconds < 60 for seconds in case["medians"].values())
+        assert f"| {case['name']} | " in table
+    assert (tmp_path / "bench.png").read_bytes()[:4] == b"\x89PNG"
+    assert "EM iteration" in done.stdout
+
+
+def test_race_compares_before_it_times() -> None:
+    timed = []
+
+    def check(contenders: dict[str, Call]) -> None:
+        torch.testing.assert_close(contenders["other"](), contenders["fastcl"]())
+
+    contest = Contest({"fastcl": lambda: torch.ones(2), "other": lambda: torch.zeros(2)}, check)
+    contest.contenders["third"] = lambda: timed.append(1)
+    with pytest.raises(AssertionError, match="not close"):
+        race(contest, torch.device("cpu"))
+    assert not timed
+
+
 BAD = {
+    "bench device": (["bench", "--device", "quantum"], "device is 'quantum' but cannot be used here"),
+    "bench threads": (["bench", "--threads", "0"], "threads is 0 but must be at least 1"),
     "unknown method": (["run", "sgd"], "method is 'sgd' but must be one of finetune, joint, ewc, mas, si, rwalk"),
     "unknown data": (["run", "ewc", "--data", "svhn"], "data is 'svhn'"),
     "unknown scenario": (["run", "ewc", "--scenario", "shuffled"], "scenario is 'shuffled'"),
