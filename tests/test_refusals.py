@@ -257,7 +257,7 @@ OPTIONS = ("strength", "hidden", "form", "epochs", "budget", "s_max", "width", "
 FLAGS = ("--data", "--scenario", "--setting", "--tasks", "--epochs", "--batch-size", "--lr", "--seed", "--device")
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[*HealthCheck])
 @given(method=st.sampled_from([*METHODS, "sgd"]), data=st.data())
 def test_no_option_makes_a_traceback(method: str, data: st.DataObject) -> None:
     pairs = data.draw(st.lists(st.one_of(TEXT, st.builds("{}={}".format, st.sampled_from(OPTIONS), TEXT)), max_size=3))
@@ -269,7 +269,7 @@ def test_no_option_makes_a_traceback(method: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.usefixtures("untrained")
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[*HealthCheck])
 @given(method=st.sampled_from(["ewc", "hat", "nothing", "--help", ""]), data=st.data())
 def test_no_argument_makes_a_traceback(
     method: str, data: st.DataObject, capsys: pytest.CaptureFixture[str], tmp_path: Path

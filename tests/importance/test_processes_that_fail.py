@@ -19,79 +19,82 @@ pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="this tor
 TIMEOUT = 8.0  # seconds that one process waits for the other
 
 
-def worker(rank: int, how: str, folder: str) -> None:
+def worker(rank: int, plan: tuple[str, ...], folder: str) -> None:
     torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    distributed.init_process_group(
-        "gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=TIMEOUT)
-    )
-    out = Path(folder) / f"{rank}"
-    model = wrapped("fsdp") if how == "fewer, fsdp" else nn.parallel.DistributedDataParallel(network())
+    Path(folder, f"ready {rank}").touch()
+    while not Path(folder, f"ready {1 - rank}").exists():  # the timeout is not for the other's imports
+        time.sleep(0.01)
+    store, timeout = f"file://{folder}/store", timedelta(seconds=TIMEOUT)
+    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timeout)
+    for how in plan:
+        Path(folder, f"{how} {rank}").write_text(scene(rank, how, folder))
+    os._exit(0)  # the group is broken: taking it down would wait again
+
+
+def scene(rank: int, how: str, folder: str) -> str:
+    model = wrapped("fsdp") if "fully_shard" in how else nn.parallel.DistributedDataParallel(network())
     regulariser = fastcl.EWC(model, 1.0)
     regulariser.consolidate(consolidation(0, rank))
-    before = {name: t.clone() for name, t in regulariser.importances.items()}
+    before = {name: local(t).clone() for name, t in regulariser.importances.items()}
     batches = consolidation(1, rank)
     if rank == 1 and how == "dies":
         os._exit(3)
     if rank == 1 and how == "hangs":
         time.sleep(600)
-    if rank == 1 and how.startswith("fewer"):
-        batches = batches[:1]
     start = time.monotonic()
     try:
-        regulariser.consolidate(batches)
+        regulariser.consolidate(batches[:1] if rank == 1 else batches)
     except (RuntimeError, ValueError) as error:
-        kept = all(torch.equal(local(before[n]), local(t)) for n, t in regulariser.importances.items())
-        out.write_text(f"{kept} {regulariser.tasks} {time.monotonic() - start} {error}")
-        os._exit(0)  # the group is broken: taking it down would wait again
-    torch.save({name.removeprefix("module."): t for name, t in regulariser.importances.items()}, f"{out}.pt")
-    out.write_text("ended")
-    distributed.barrier()
-    os._exit(0)
+        kept = all(torch.equal(before[n], local(t)) for n, t in regulariser.importances.items())
+        return f"{kept} {regulariser.tasks} {time.monotonic() - start} {error}"
+    torch.save({n.removeprefix("module."): t for n, t in regulariser.importances.items()}, f"{folder}/{how} {rank}.pt")
+    return "ended"
 
 
 def local(t: torch.Tensor) -> torch.Tensor:
     return t.to_local() if hasattr(t, "to_local") else t
 
 
-def together(how: str, folder: Path) -> list[str]:
-    """What the processes have written; none may live longer than the timeout and their start take."""
+def together(folder: Path, *plan: str) -> None:
+    """Two processes through the plan; the first may not live longer than their start and the timeout take."""
     context = torch.multiprocessing.get_context("spawn")
-    processes = [context.Process(target=worker, args=(rank, how, str(folder))) for rank in (0, 1)]
+    processes = [context.Process(target=worker, args=(rank, plan, str(folder))) for rank in (0, 1)]
     for process in processes:
         process.start()
     processes[0].join(240)
     alive = processes[0].is_alive()
-    if how != "hangs" and not alive:
-        processes[1].join(60)
     for process in processes:
         process.kill()
         process.join()
-    assert not alive, "the other process waits for ever"
-    return [path.read_text() if (path := folder / str(rank)).exists() else "" for rank in (0, 1)]
+    assert not alive, "the first process waits for ever"
 
 
-@pytest.mark.parametrize("how", ["dies", "hangs"])
-def test_a_dead_process_ends_the_others(how: str, tmp_path: Path) -> None:
-    said = together(how, tmp_path)[0]
+def check_error(said: str) -> None:
     kept, tasks, seconds, message = said.split(" ", 3)
     assert (kept, tasks) == ("True", "1")  # the first task's importances are what they were
     assert float(seconds) < 10 * TIMEOUT  # gloo waits for its timeout; the rest is for busy machines
     assert message
 
 
-def test_fewer_batches_weigh_less(tmp_path: Path) -> None:
-    """Replicas meet only when the batches have ended: each may have as many as it likes."""
-    assert together("fewer", tmp_path) == ["ended", "ended"]
+def test_a_hanging_process_ends_the_others(tmp_path: Path) -> None:
+    together(tmp_path, "hangs")
+    check_error((tmp_path / "hangs 0").read_text())
+
+
+def test_fewer_batches_and_a_dying_process(tmp_path: Path) -> None:
+    """Replicas meet only when the batches have ended: each may have as many as it likes.
+
+    Under `fully_shard` each forward pass gathers the shards: one with more would wait, or take another's sum for a weight.
+    """
+    together(tmp_path, "fewer", "fewer, fully_shard", "dies")
     want = fastcl.EWC(network(), 1.0)
     want.consolidate(consolidation(0, None))
     want.consolidate([*consolidation(1, 0), *consolidation(1, 1)[:1]])
-    for rank in (0, 1):
-        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), want.importances, rtol=1e-9, atol=1e-12)
-
-
-def test_fewer_batches_are_refused_under_fully_shard(tmp_path: Path) -> None:
-    """Each forward pass gathers the shards: one with more batches would wait, or take another's sum for a weight."""
-    for said, word in zip(together("fewer, fsdp", tmp_path), ("fewer", "more"), strict=True):
-        assert said.startswith("True 1 ")
+    for rank, word in ((0, "fewer"), (1, "more")):
+        assert (tmp_path / f"fewer {rank}").read_text() == "ended"
+        found = torch.load(tmp_path / f"fewer {rank}.pt")
+        torch.testing.assert_close(found, want.importances, rtol=1e-9, atol=1e-12)
+        said = (tmp_path / f"fewer, fully_shard {rank}").read_text()
+        check_error(said)
         assert f"batches must be as many on every process under fully_shard, and another one has {word}" in said
+    check_error((tmp_path / "dies 0").read_text())

@@ -70,7 +70,7 @@ def test_every_truncation_and_flipped_header_is_refused_or_read(tmp_path: Path) 
                     continue
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=[*HealthCheck])
 @given(data=st.data(), zipped=st.booleans())
 def test_any_bytes_are_refused_or_are_what_they_say(tmp_path: Path, data: st.DataObject, zipped: bool) -> None:
     """Headers of any type and sizes, bodies of any length, then a few bytes changed; at most what fits is read."""
