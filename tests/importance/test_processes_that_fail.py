@@ -84,7 +84,7 @@ def test_a_hanging_process_ends_the_others(tmp_path: Path) -> None:
 def test_fewer_batches_and_a_dying_process(tmp_path: Path) -> None:
     """Replicas meet only when the batches have ended: each may have as many as it likes.
 
-    Under `fully_shard` each forward pass gathers the shards: one with more would wait, or take another's sum for a weight.
+    Under `fully_shard` each forward pass gathers the shards: one with more would wait for ever.
     """
     together(tmp_path, "fewer", "fewer, fully_shard", "dies")
     want = fastcl.EWC(network(), 1.0)
