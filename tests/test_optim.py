@@ -288,8 +288,9 @@ def test_closures() -> None:
     protect(y, {q: mask})
     for step in range(3):
         first = x.step(loss_of(p))
-        assert first == (y.step(loss_of(q)) if step % 2 else y.step(closure=loss_of(q)))
-    assert torch.equal(p, q)
+        second = y.step(loss_of(q)) if step % 2 else y.step(closure=loss_of(q))
+        torch.testing.assert_close(first, second, rtol=1e-6, atol=0)  # without FMA the last bits differ from torch's
+    torch.testing.assert_close(p, q, rtol=1e-6, atol=0)
     assert p[0] == 0
     assert 0 < p[1] < p[2]
 
