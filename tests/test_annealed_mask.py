@@ -13,6 +13,14 @@ from .samples import FLOATS, LAYOUTS, WIDTHS
 ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2**-8 * 1.01, torch.float16: 2**-11 * 1.01}
 
 
+def test_literal_gradient_of_many_is_that_of_each() -> None:
+    """The one loop that the catalogue's table has only small samples of: 1 - m rounds, as in the authors' code."""
+    g, e = torch.randn(2, 64 * 640)
+    op = torch.ops.fastcl.compensated_mask_backward
+    pieces = [op(a, b, 3.0, 7.0, True) for a, b in zip(g.split(640), e.split(640), strict=True)]
+    assert torch.equal(op(g, e, 3.0, 7.0, True), torch.cat(pieces))
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_mask_and_gradient_of_every_width(dtype: torch.dtype) -> None:
     for n in WIDTHS:

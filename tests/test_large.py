@@ -127,18 +127,17 @@ def test_sums_over_all_elements(vast: Vast) -> None:
 
 
 def test_masks_of_units(vast: Vast) -> None:
-    """masked_weight with an embedding for every row, and for every column."""
-    rows, columns = 2**16 + 1, 2**15 + 3
-    tail = values((columns,), torch.bfloat16)
-    for units in ((rows, 1), (1, columns)):
-        weight, embedding = vast(tail, (rows, columns)), values(units, torch.bfloat16)
+    """masked_weight with an embedding for every row, and for every unit of the middle dimension."""
+    for shape, units in (((2**16 + 1, 2**15 + 3), (2**16 + 1, 1)), ((2, 2**15 + 1, 2**15 + 3), (1, 2**15 + 1, 1))):
+        tail = values((shape[-1],), torch.bfloat16)
+        weight, embedding = vast(tail, shape), values(units, torch.bfloat16)
         got = run("masked_weight", (weight, embedding, 3.0, None, 0.0, 0))[0]
-        want = run("masked_weight", (tail[None], embedding[-1:], 3.0, None, 0.0, 0))[0]
-        check_tail(got, want)
+        last = embedding.reshape(-1, 1)[-1:]
+        check_tail(got, run("masked_weight", (tail[None], last, 3.0, None, 0.0, 0))[0])
         del got
-        grad = vast(values((columns,), torch.bfloat16), (rows, columns))
-        got = run("masked_weight_backward", (grad, None, weight, embedding, 3.0, None, 0.0, 0))
-        want = run("masked_weight_backward", (grad[-1:], None, tail[None], embedding[-1:], 3.0, None, 0.0, 0))
+        up = values((shape[-1],), torch.bfloat16)
+        got = run("masked_weight_backward", (vast(up, shape), None, weight, embedding, 3.0, None, 0.0, 0))
+        want = run("masked_weight_backward", (up[None], None, tail[None], last, 3.0, None, 0.0, 0))
         for a, b in zip(got, want, strict=True):
             check_tail(a, b)
         del got
