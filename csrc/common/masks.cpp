@@ -82,6 +82,9 @@ void Mask::take_vectors(const Tensor& rows, const Tensor& columns, const Tensor&
     if (weight.size(d) == 1 ? d == 0 && outer < 0 : weight.stride(d) * weight.size(d) == numel) outer = d;
   view_.kind = MaskKind::vectors;
   const Tensor row_values = as_vector(rows, wide_), column_values = as_vector(columns, wide_);
+  // Both, whole: in their minimum one hides what is wrong with the other. Short, so it costs nothing to look always.
+  FASTCL_CHECK(all_in_unit_interval(row_values) && all_in_unit_interval(column_values), op, ": ", name,
+               " has values outside [0, 1] or NaN");
   // Where neither dimension is outermost in memory (no layout that torch's modules make), one row is the whole weight.
   view_.row = outer < 0 ? numel : numel / weight.size(outer);
   inner_ = torch::stable::new_empty(row_values, {view_.row});

@@ -198,9 +198,9 @@ void accumulate_conv_(Tensor out, Tensor grad, Tensor input, std::vector<int64_t
   FASTCL_CHECK(spatial >= 1 && spatial <= 3, kOp, ": out must be [O, C / groups, kernel...] with 1 to 3 kernel sizes");
   FASTCL_CHECK(grad.dim() == out.dim() && input.dim() == out.dim() && grad.size(0) == input.size(0), kOp,
                ": grad and input must be [N, channels, spatial...] of the same N, with as many spatial sizes as out");
-  FASTCL_CHECK(
-      groups >= 1 && grad.size(1) == out.size(0) && input.size(1) == out.size(1) * groups && out.size(0) % groups == 0,
-      kOp, ": out must be [channels of grad, channels of input / groups, kernel...]");
+  FASTCL_CHECK(groups >= 1 && grad.size(1) == out.size(0) && input.size(1) % groups == 0 &&
+                   input.size(1) / groups == out.size(1) && out.size(0) % groups == 0,
+               kOp, ": out must be [channels of grad, channels of input / groups, kernel...]");
   FASTCL_CHECK(static_cast<int64_t>(stride.size()) == spatial && static_cast<int64_t>(padding.size()) == spatial &&
                    static_cast<int64_t>(dilation.size()) == spatial,
                kOp, ": stride, padding and dilation must each have ", spatial, " numbers");
@@ -224,6 +224,9 @@ void accumulate_conv_(Tensor out, Tensor grad, Tensor input, std::vector<int64_t
     geo.in_strides[d + 2] = real ? input.stride(s + 2) : 0;
     FASTCL_CHECK(geo.stride[d] >= 1 && geo.dilation[d] >= 1 && geo.padding[d] >= 0, kOp,
                  ": stride and dilation must be at least 1, padding not negative");
+    constexpr int64_t kMost = (int64_t(1) << 31) - 1;  // products of these and sizes fit into int64
+    FASTCL_CHECK(geo.stride[d] <= kMost && geo.dilation[d] <= kMost && geo.padding[d] <= kMost, kOp,
+                 ": stride, padding and dilation must be less than 2^31");
     FASTCL_CHECK(geo.out[d] == 0 || (geo.out[d] - 1) * geo.stride[d] + (geo.kernel[d] - 1) * geo.dilation[d] <
                                         geo.in[d] + 2 * geo.padding[d],
                  kOp, ": grad has more positions than this stride, padding and dilation give for input");

@@ -121,16 +121,22 @@ void group_soft_threshold_(const Tensors& tensors, double threshold, int64_t dim
   }
   check_distinct(tensors, {}, op, "tensors", {});
   Addresses outputs = Addresses::outputs(tensors);
+  // All norms before the first write: a vector that cannot be allocated then leaves every tensor as it was.
+  std::vector<std::vector<double>> scales;
+  for (size_t i = 0; i < tensors.size(); ++i)
+    dispatch_float(outputs.dtype(i), op, "tensors", [&](auto type) {
+      using T = decltype(type);
+      scales.push_back(norms<T>(outputs.at<T>(i, 0), nullptr, view_of(outputs.tensor(i), dim)));
+      for (double& s : scales[i]) s = group_scale(s, threshold);
+    });
   for (size_t i = 0; i < tensors.size(); ++i)
     dispatch_float(outputs.dtype(i), op, "tensors", [&](auto type) {
       using T = decltype(type);
       T* w = outputs.at<T>(i, 0);
       const View view = view_of(outputs.tensor(i), dim);
-      std::vector<double> scale = norms<T>(w, nullptr, view);
-      for (double& s : scale) s = group_scale(s, threshold);
       if (view.groups == 0 || view.inner == 0) return;
       for_blocks(view, rows_a_block(view), [&](int64_t g, int64_t g_end, int64_t row, int64_t row_end, int64_t) {
-        simd<ScaleGroups<T>>(w + row * view.groups * view.inner + g * view.inner, scale.data() + g, row_end - row,
+        simd<ScaleGroups<T>>(w + row * view.groups * view.inner + g * view.inner, scales[i].data() + g, row_end - row,
                              g_end - g, view.inner);
       });
     });
