@@ -27,6 +27,15 @@ from .judge import ONLY_RAW, WAYS, Verdict, judge
 TARGET = ROOT / "bench" / "results" / "robustness.md"
 SHAPE = (4, 5)
 
+# Bugs that are known and open, each until its kernel is mended: the judge must still object.
+OPEN = {
+    (
+        "masked_adam_",
+        "max_exp_avg_sqs",
+        "nan",
+    ): "NaN is lost: Adam::largest of csrc/masked_grad/math.h, v <= NaN is false"
+}
+
 Found = dict[str, dict[str, set[str]]]  # group -> argument -> what happened
 
 INTRODUCTION = """# Bad input, op by op
@@ -37,6 +46,7 @@ for real calls: every class of the group, applied to every argument in turn, thr
 - `=`: the result equals the op's float64 reference (rounded to the result's dtype), nothing else was written;
 - `x`: ValueError, TypeError or RuntimeError, every byte of every argument as it was, version counters too;
 - `=: a, b; x: c`: the arguments differ, or (`= x`) the classes of the group do for that argument;
+- `open`: a known bug, named in `OPEN` of tests/fuzz/table.py;
 - `n/a`: the op has no argument that the group could be made of.
 """
 
@@ -87,6 +97,16 @@ def verdicts(case: str) -> tuple[Found, dict[str, dict[str, str]]]:
         argument = c.argument(case, args(), place)
         everywhere = c.group == "NaN, infinity" and c.name.endswith("everywhere")
         way = "raw" if (op_name(case), argument) in ONLY_RAW else ways[k % len(ways)]
+        if (op_name(case), argument, c.name.split()[0]) in OPEN:
+            try:
+                judge(case, make(), way)
+            except AssertionError:
+                found[c.group][argument].add("open")
+                continue
+            if _ops.pure_python:  # the reference never had it
+                found[c.group][argument].add("open")
+                continue
+            raise AssertionError(f"{case}: {c.name} in {argument} is mended: take it out of OPEN")
         try:
             verdict = judge(case, make(), way)
         except AssertionError as error:
