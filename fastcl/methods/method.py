@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ..importance import Regulariser
 from ..nn import Exemplars, Replay, make_generator, mlp, plot_images
+from ..nn.distill import entropy_within_tasks
 from ..ops._state import check_keys, check_like, check_method, load_optimizer, load_whole, tasks_of
 
 if TYPE_CHECKING:
@@ -257,26 +258,6 @@ class Regularised(Method):
     def load_extra_state(self, state: dict[str, Any]) -> None:
         self.regulariser.load_state_dict(state["regulariser"])
         self.exemplars.load_state_dict(state["exemplars"], next(self.model.parameters()).device)
-
-
-def entropy_within_tasks(logits: Tensor, y: Tensor, tasks: Sequence[Sequence[int]]) -> Tensor:
-    """Cross-entropy where every sample competes among its own task's outputs.
-
-    Args:
-        logits: [N, C].
-        y: output units [N].
-        tasks: the output units of each task; every y is in one.
-
-    Example:
-        >>> entropy_within_tasks(torch.zeros(1, 4), torch.tensor([3]), [(0, 1), (2, 3)])
-        tensor(0.6931)
-    """
-    # -inf outside the sample's own task: the softmax then runs over that task's outputs only
-    own = torch.zeros(logits.shape[1], logits.shape[1], dtype=torch.bool, device=y.device)
-    for task in tasks:
-        rows = torch.tensor(list(task), device=y.device)
-        own[rows.unsqueeze(1), rows] = True
-    return F.cross_entropy(logits.masked_fill(~own[y], float("-inf")), y)
 
 
 class Generative(Method):

@@ -1,9 +1,10 @@
-"""Distillation: what a network said before is what it should say now."""
+"""Distillation: what a network said before is what it should say now; and entropy among a task's own outputs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -39,3 +40,23 @@ def distillation(
     target = (before.detach()[:, list(known)] / temperature).softmax(1)
     found = F.log_softmax(now[:, among] / temperature, 1)[:, places]
     return -(target * found).sum(1).mean() * temperature**2
+
+
+def entropy_within_tasks(logits: Tensor, y: Tensor, tasks: Sequence[Sequence[int]]) -> Tensor:
+    """Cross-entropy where every sample competes among its own task's outputs.
+
+    Args:
+        logits: [N, C].
+        y: output units [N].
+        tasks: the output units of each task; every y is in one.
+
+    Example:
+        >>> entropy_within_tasks(torch.zeros(1, 4), torch.tensor([3]), [(0, 1), (2, 3)])
+        tensor(0.6931)
+    """
+    # -inf outside the sample's own task: the softmax then runs over that task's outputs only
+    own = torch.zeros(logits.shape[1], logits.shape[1], dtype=torch.bool, device=y.device)
+    for task in tasks:
+        rows = torch.tensor(list(task), device=y.device)
+        own[rows.unsqueeze(1), rows] = True
+    return F.cross_entropy(logits.masked_fill(~own[y], float("-inf")), y)
