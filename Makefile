@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 RUN = $(VENV)/bin
 
-.PHONY: demo test bench lint wheel torch-versions triton-versions integrations side-by-side kills sanitize large clean
+.PHONY: demo test bench lint wheel torch-versions triton-versions integrations side-by-side kills sanitize large fuzz soak clean
 
 demo: $(VENV)/.built  ## train a continual-learning stream on real data (about two minutes)
 	$(RUN)/python -m fastcl demo --out out
@@ -44,6 +44,12 @@ sanitize: $(VENV)/.built  ## the kernels under AddressSanitizer, UBSan and Threa
 
 large: $(VENV)/.built  ## every kernel past 2^31 elements (minutes, up to 9 GiB; not part of CI)
 	FASTCL_LARGE=1 $(RUN)/python -m pytest -q -m large tests/test_catalogue.py tests/test_large.py
+
+fuzz: $(VENV)/.built  ## thousands of random examples of every op against its float64 reference (hours; not part of CI)
+	PYTHON=$(abspath $(RUN))/python bash .ci/fuzz
+
+soak: $(VENV)/.built  ## 10,000 steps of every op with memory flat, 100 tasks exact (a quarter of an hour; not part of CI)
+	FASTCL_SOAK=10000 OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q tests/test_soak.py
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
