@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 RUN = $(VENV)/bin
 
-.PHONY: demo test bench lint wheel torch-versions triton-versions integrations side-by-side kills sanitize large fuzz soak clean
+.PHONY: demo test bench lint wheel wheels torch-versions triton-versions integrations side-by-side kills sanitize large fuzz soak clean
 
 demo: $(VENV)/.built  ## train a continual-learning stream on real data (about two minutes)
 	$(RUN)/python -m fastcl demo --out out
@@ -22,6 +22,9 @@ lint: $(VENV)/.built
 
 wheel: $(VENV)/.built  ## sdist and wheel in dist/
 	$(RUN)/pip install -q build && $(RUN)/python -m build --no-isolation
+
+wheels: $(VENV)/.built  ## sdist and one manylinux wheel in dist/, tried under several Pythons and torches (downloads gigabytes)
+	$(RUN)/pip install -q build && PYTHON=$(abspath $(RUN))/python bash .ci/wheels
 
 torch-versions: ## one build under several torch versions (downloads gigabytes; not part of CI)
 	bash .ci/torch-versions
