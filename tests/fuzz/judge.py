@@ -99,15 +99,15 @@ class Wanted:
 
     def __init__(self, case: str, args: Any) -> None:
         self.case = case
+        # an int where the schema has a float arrives in the kernel as one
+        kinds = [str(argument.type) for argument in op(case)._schema.arguments]
+        real = [float(a) if k == "float" and isinstance(a, int) else a for k, a in zip(kinds, args, strict=False)]
         self.inputs: Any = None
         self.refusal: str | None
         try:
-            # an int where the schema has a float arrives in the kernel as one
-            kinds = [str(argument.type) for argument in op(case)._schema.arguments]
-            real = [float(a) if k == "float" and isinstance(a, int) else a for k, a in zip(kinds, args, strict=False)]
             self.inputs = tuple(mapped(real, _plain))
             self.native = mapped(self.inputs, lambda t: t.clone())
-            self.refusal = self._checked(args)
+            self.refusal = self._checked(real)
         except REFUSALS as error:  # no copy of such a tensor, say: then the op must refuse it too
             self.refusal = str(error) or type(error).__name__
 
