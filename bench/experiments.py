@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import figures
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 SEEDS = range(5)
@@ -329,9 +331,9 @@ def main() -> None:
 
     method_table.PAGE.write_text(method_table.filled(method_table.PAGE.read_text()))
     if arguments.table == "exactness":
-        over_lambda(experiments, read(lines), RESULTS / "exactness.png")
+        figures.over_lambda(experiments, read(lines), RESULTS / "exactness.png")
     if arguments.table == "growth":
-        over_capacity(experiments, read(lines), RESULTS / "den-variation-capacity.png")
+        figures.over_capacity(experiments, read(lines), RESULTS / "den-variation-capacity.png")
 
 
 def table(name: str, experiments: list[Experiment], done: dict[str, dict[str, Any]]) -> str:
@@ -377,64 +379,6 @@ def table(name: str, experiments: list[Experiment], done: dict[str, dict[str, An
             cells += [spread(accuracy), spread(forgetting), f"{parameters:,.0f}", f"{seconds:.0f}", str(len(lines))]
             text.append(f"| {' | '.join(cells)} |")
     return "\n".join(text) + "\n"
-
-
-def over_lambda(experiments: list[Experiment], done: dict[str, dict[str, Any]], path: Path) -> None:
-    """The picture of `exactness`: accuracy over lambda, a line for every kind of Fisher, a panel for every stream."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    streams = list(dict.fromkeys((e.scenario, e.setting) for e in experiments))
-    figure, axes = plt.subplots(1, len(streams), figsize=(5.2 * len(streams), 4), squeeze=False, layout="constrained")
-    colours = {"exact": "#2a7f62", "empirical": "#3b6fb6", "batched": "#c0563f"}
-    for axis, stream in zip(axes[0], streams, strict=True):
-        for kind, colour in colours.items():
-            points = []
-            for e in experiments:
-                runs = [done[e.key(n)]["average_accuracy"] for n in range(e.seeds) if e.key(n) in done]
-                if (e.scenario, e.setting) == stream and e.label == kind and runs:
-                    points.append((e.options["strength"], [100 * r for r in runs]))
-            if points:
-                x, y = [p[0] for p in points], [statistics.mean(p[1]) for p in points]
-                axis.plot(x, y, "o-", color=colour, label=kind)
-                axis.fill_between(x, [min(p[1]) for p in points], [max(p[1]) for p in points], color=colour, alpha=0.15)
-        axis.set(
-            xscale="log", xlabel="lambda", ylabel="average accuracy, %", title=f"EWC, {stream[0]} MNIST, {stream[1]}"
-        )
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(title="Fisher", frameon=False)
-    figure.savefig(path, dpi=130)
-
-
-def over_capacity(experiments: list[Experiment], done: dict[str, dict[str, Any]], path: Path) -> None:
-    """DEN's figure on MNIST-Variation: accuracy over parameters, for every size that each way was begun with."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    colours = {"separate networks": "#7a7a7a", "joint": "#c0563f", "DEN": "#2a7f62", "DEN-Finetune": "#3b6fb6"}
-    for label, colour in colours.items():
-        points = []
-        for e in experiments:
-            runs = [done[e.key(n)] for n in range(e.seeds) if e.key(n) in done]
-            if e.label == label and e.scenario == "variation" and runs:
-                accuracy = [100 * r["average_accuracy"] for r in runs]
-                points.append((statistics.mean(r["parameters"] for r in runs) / 1e6, accuracy))
-        points.sort()
-        if points:
-            x = [p[0] for p in points]
-            axis.plot(x, [statistics.mean(p[1]) for p in points], "o-", color=colour, label=label)
-            axis.fill_between(x, [min(p[1]) for p in points], [max(p[1]) for p in points], color=colour, alpha=0.15)
-    axis.set(
-        xscale="log", xlabel="parameters, millions", ylabel="average accuracy, %", title="MNIST-Variation, ten tasks"
-    )
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
-    figure.savefig(path, dpi=130)
 
 
 def spread(values: list[float]) -> str:

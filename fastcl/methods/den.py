@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..nn import grow, plot_growth, reindex, shrink, trace
+from ..nn.selection import entries_between, reached_units
 from ..ops._state import check_corners
 from ..optim import MaskedAdam, proximal
 from .method import Batches, ByTask
@@ -180,34 +181,11 @@ class DEN(ByTask):
         self.reports[-1]["selected"] = [int(s.sum()) for s in self._selected]
         self._stage(self._free(self._selected, self._selected), l2=self.l2)  # eq. 4
 
-    @torch.no_grad()
     def _reached(self) -> list[Tensor]:
-        """From the task's outputs down: the units from which a path of nonzero weights leads to them."""
-        found: list[Tensor] = []
-        above = self.layers[-1].weight[list(self.tasks[-1])]
-        for layer in reversed(self.layers[:-1]):
-            units = (above != 0).any(0)
-            if not units.any():
-                units[:] = True  # eq. 3 left nothing: everything is retrained
-            found.insert(0, units)
-            above = layer.weight[units]
-        return found
+        return reached_units(self.layers, list(self.tasks[-1]))
 
     def _free(self, rows: list[Tensor], columns: list[Tensor]) -> list[Tensor]:
-        """Entries that may move: weights into chosen rows from chosen columns, and the task's outputs."""
-        device = next(self.model.parameters()).device
-        own = torch.zeros(self.layers[-1].out_features, dtype=torch.bool, device=device)
-        own[list(self.tasks[-1])] = True
-        into = [*(r.to(device) for r in rows), own]
-        out = [torch.ones(self.layers[0].in_features, dtype=torch.bool, device=device)]
-        out += [c.to(device) for c in columns]
-        out[-1] = torch.ones_like(out[-1])  # the task's outputs may read every unit
-        free: list[Tensor] = []
-        for layer, row, column in zip(self.layers, into, out, strict=True):
-            free.append(row.unsqueeze(1) & column.unsqueeze(0))
-            if layer.bias is not None:
-                free.append(row)
-        return free
+        return entries_between(self.layers, rows, columns, list(self.tasks[-1]))
 
     # ---- algorithms 3 and 4 ----
 

@@ -147,3 +147,12 @@ def kmeans(x: Tensor, k: int, generator: torch.Generator | None, steps: int = 30
 def _squares(x: Tensor, centers: Tensor) -> Tensor:
     """Squared distances [N, K]."""
     return torch.cdist(x, centers).square()
+
+
+def usable(name: str, t: Tensor | None) -> bool:
+    """Whether a saved buffer can be a mixture's: finite, scales above 0, weights not below."""
+    if t is None or not t.is_floating_point():
+        return True
+    scales = t.diagonal(dim1=1, dim2=2) if t.dim() == 3 else t
+    low = {"scale_trils": bool((scales > 0).all()), "weights": bool((t >= 0).all())}
+    return bool(t.isfinite().all()) and low.get(name, True)

@@ -387,7 +387,7 @@ class GaussianMixture(nn.Module):
         if self.means is None and isinstance(means, Tensor) and means.dim() == 2 and len(means) == self.n_components:
             self._standard(means.shape[1], means.dtype, means.device)
         wrong = misfit(state_dict, self._buffers, prefix, strict=args[1])
-        if not wrong and (bad := [n for n in self._buffers if not _usable(n, state_dict.get(prefix + n))]):
+        if not wrong and (bad := [n for n in self._buffers if not em.usable(n, state_dict.get(prefix + n))]):
             wrong = f"{prefix}{bad[0]} has values that no mixture has (NaN, infinite, a scale or weight below 0)"
         if wrong:
             self._buffers.update(before)
@@ -395,11 +395,3 @@ class GaussianMixture(nn.Module):
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.n_iter_ = max(self.n_iter_, 1)
-
-
-def _usable(name: str, t: Tensor | None) -> bool:
-    if t is None or not t.is_floating_point():
-        return True
-    scales = t.diagonal(dim1=1, dim2=2) if t.dim() == 3 else t
-    low = {"scale_trils": bool((scales > 0).all()), "weights": bool((t >= 0).all())}
-    return bool(t.isfinite().all()) and low.get(name, True)
