@@ -78,7 +78,7 @@ else:
     target = (
         ["/O2", "/permissive-"]
         if os.name == "nt"
-        else ["-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-g0"]
+        else ["-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-fno-thread-jumps", "-Wno-psabi", "-g0"]
     )
     target += os.environ.get("FASTCL_CFLAGS", "").split()  # after ours, so that they win: .ci/sanitize
     common = dict(library_dirs=cpp_extension.library_paths(), language="c++")

@@ -4,28 +4,26 @@
 
 namespace fastcl {
 
-template <class T>
-FASTCL_HD T annealed_mask(T e, T scale) {
-  return T(1) / (T(1) + exp(-scale * e));
-}
-
-// dm/de = s m (1 - m), written with q = exp(-|s e|) so that it does not vanish where m rounds to 1:
-// m (1 - m) = q / (1 + q)^2 is even in e.
-template <class T>
-FASTCL_HD T annealed_mask_slope(T e, T scale) {
-  const T q = exp(-abs(scale * e));
-  return scale * q / ((T(1) + q) * (T(1) + q));
-}
-
-// Both from one exponential.
+// The mask and dm/de = s m (1 - m) from one exponential q = exp(-|s e|), which never overflows: the slope, s q / (1 + q)^2,
+// does not vanish where m rounds to 1, and a mask that is all off is 0, not a denormal that slows what it multiplies.
 template <class T>
 struct MaskAndSlope {
   T mask, slope;
 };
 template <class T>
 FASTCL_HD MaskAndSlope<T> annealed_mask_and_slope(T e, T scale) {
-  const T x = scale * e, q = exp(-abs(x)), inverse = T(1) / (T(1) + q), small = q * inverse;
+  const T x = scale * e, q = exp_not_positive(-abs(x)), inverse = T(1) / (T(1) + q), small = q * inverse;
   return {x < T(0) ? small : inverse, scale * small * inverse};
+}
+
+template <class T>
+FASTCL_HD T annealed_mask(T e, T scale) {
+  return annealed_mask_and_slope(e, scale).mask;
+}
+
+template <class T>
+FASTCL_HD T annealed_mask_slope(T e, T scale) {
+  return annealed_mask_and_slope(e, scale).slope;
 }
 
 // HAT's embedding gradient is compensated: (s_max / s) (cosh(s e) + 1) / (cosh(e) + 1) times the true one. Since

@@ -39,31 +39,33 @@ struct MaskedWeight {
   }
 };
 
-// gw = g m (1 - r), ge = (g w + gk (1 - r)) dm/de.
-template <class T, Compensation kind>
+// gw = g m (1 - r), ge = (g w + gk (1 - r)) dm/de. Without a mask nothing is expanded and 1 - r is the constant 1.
+template <class T, Compensation kind, bool kReserved>
 struct MaskedWeightBackward {
   using A = arithmetic_t<T>;
-  static FASTCL_HD void run(T* FASTCL_RESTRICT gw, T* FASTCL_RESTRICT ge, const T* FASTCL_RESTRICT g,
-                            const T* FASTCL_RESTRICT w, const T* FASTCL_RESTRICT e, MaskView reserved, double scale,
+  static FASTCL_HD void run(T* gw, T* ge, const T* g, const T* w, const T* e, MaskView reserved, double scale,
                             double s_max, double grad_kept, int64_t begin, int64_t n) {
     const A s = static_cast<A>(scale), top = static_cast<A>(s_max), gk = static_cast<A>(grad_kept);
-    // Both gradients go through buffers: big arrays begin at the same place in their pages, and the CPU would take a
-    // load for one of what was just stored to another (4 KiB aliasing).
-    constexpr int64_t kBuffer = 512;
-    alignas(64) A free[kBuffer];
-    alignas(64) T to_w[kBuffer], to_e[kBuffer];
-    for (int64_t at = 0; at < n; at += kBuffer) {
-      const int64_t m = std::min(kBuffer, n - at);
-      if (at == 0 || reserved.kind != MaskKind::none) free_shares(free, reserved, begin + at, m);
-      for (int64_t i = 0; i < m; ++i) {
-        const A x = load(e + at + i), grad = load(g + at + i);
-        MaskAndSlope<A> both = annealed_mask_and_slope(x, s);
-        if constexpr (kind != Compensation::none) both.slope = mask_slope<kind>(x, s, top);
-        store(to_w + i, free_part(grad * both.mask, free[i]));
-        store(to_e + i, (grad * load(w + at + i) + gk * free[i]) * both.slope);
-      }
-      for (int64_t i = 0; i < m; ++i) gw[at + i] = to_w[i];
-      for (int64_t i = 0; i < m; ++i) ge[at + i] = to_e[i];
+    if constexpr (!kReserved) return block(gw, ge, g, w, e, nullptr, s, top, gk, n);
+    alignas(64) A free[kMaskBlock];
+    for (int64_t at = 0; at < n; at += kMaskBlock) {
+      const int64_t m = std::min(kMaskBlock, n - at);
+      free_shares(free, reserved, begin + at, m);
+      block(gw + at, ge + at, g + at, w + at, e + at, free, s, top, gk, m);
+    }
+  }
+  // All loads before the stores: big arrays begin at the same place in their pages (4 KiB aliasing).
+  static FASTCL_HD void block(T* gw, T* ge, const T* g, const T* w, const T* e, const A* free, const A s, const A top,
+                              const A gk, int64_t n) {
+    FASTCL_INDEPENDENT
+    for (int64_t i = 0; i < n; ++i) {
+      const A x = load(e + i), grad = load(g + i), weight = load(w + i), share = kReserved ? free[i] : A(1);
+      MaskAndSlope<A> both = annealed_mask_and_slope(x, s);
+      if constexpr (kind != Compensation::none) both.slope = mask_slope<kind>(x, s, top);
+      const A to_w = kReserved ? free_part(grad * both.mask, share) : grad * both.mask;
+      const A to_e = (grad * weight + gk * share) * both.slope;
+      store(gw + i, to_w);
+      store(ge + i, to_e);
     }
   }
 };
@@ -290,8 +292,12 @@ std::tuple<Tensor, Tensor> masked_weight_backward(Tensor grad, std::optional<Ten
       constexpr Compensation kind = decltype(kind_constant)::value;
       if (!problem.per_unit) {
         elements_of(grad_w).for_each([&](size_t, int64_t begin, int64_t end, int64_t) {
-          simd<MaskedWeightBackward<T, kind>>(gw + begin, ge + begin, g + begin, from + begin, embedding + begin,
-                                              mask.view(), scale, s_max, gk, begin, end - begin);
+          const auto run = [&](auto reserved_constant) {
+            simd<MaskedWeightBackward<T, kind, decltype(reserved_constant)::value>>(
+                gw + begin, ge + begin, g + begin, from + begin, embedding + begin, mask.view(), scale, s_max, gk,
+                begin, end - begin);
+          };
+          mask.view().kind == MaskKind::none ? run(std::false_type()) : run(std::true_type());
         });
         return;
       }

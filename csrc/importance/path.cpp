@@ -245,9 +245,11 @@ struct ConsolidatesPath {  // whether that would leave every importance finite
   static FASTCL_HD bool run(const S* f, const A* w, const T* start, const T* p, double xi, int64_t n) {
     const A x = static_cast<A>(xi);
     int32_t bad = 0;
-    for (int64_t i = 0; i < n; ++i)
-      bad += !(static_cast<A>(load(f + i)) + path_importance(w[i], load(p + i) - load(start + i), x) <=
-               std::numeric_limits<A>::max());
+    for (int64_t i = 0; i < n; ++i) {
+      const A moved = load(p + i) - load(start + i);
+      const A sum = static_cast<A>(load(f + i)) + path_importance(w[i], moved, x);
+      bad += !(abs(sum) <= std::numeric_limits<A>::max()) + !(abs(moved) <= std::numeric_limits<A>::max());
+    }
     return bad == 0;
   }
 };
@@ -260,7 +262,7 @@ void consolidate_path_(const Tensors& importances, const Tensors& omegas, const 
                    {"importances", &importances, Kind::stored, true},
                    {"omegas", &omegas, Kind::sum, true},
                    {"starts", &starts, Kind::value, true}});
-  lists.require(1, "omegas", " would give NaN or infinite importances",
+  lists.require(1, "omegas", " would give NaN or infinite importances, or its params are not finite",
                 [&](auto type, auto stored, size_t t, int64_t begin, int64_t n) {
                   using T = decltype(type);
                   using S = decltype(stored);

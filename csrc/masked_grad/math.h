@@ -50,7 +50,7 @@ struct Adam {
   }
   FASTCL_HD A mean(A m, A g) const { return m + one_minus_beta1 * (g - m); }
   FASTCL_HD A square(A v, A g) const { return beta2 * v + one_minus_beta2 * g * g; }
-  FASTCL_HD A largest(A seen, A v) const { return v <= seen ? seen : v; }  // NaN stays
+  FASTCL_HD A largest(A seen, A v) const { return v <= seen || seen != seen ? seen : v; }  // NaN stays
   FASTCL_HD A update(A p, A m, A v) const { return p * shrink - step_size * m / (sqrt(v) * root_scale + eps); }
 };
 

@@ -283,8 +283,8 @@ def consolidate_path_(
     for i, (f, omega, start, p) in enumerate(zip(importances, omegas, starts, params, strict=True)):
         distance = p.to(omega.dtype) - start.to(omega.dtype)
         fresh.append(f.to(omega.dtype) + omega.clamp(min=0) / (distance * distance + xi))
-        if _check.has_values(f) and not (fresh[-1] <= torch.finfo(omega.dtype).max).all():
-            raise ValueError(f"{op}: omegas[{i}] would give NaN or infinite importances")
+        if _check.has_values(f) and not (fresh[-1].isfinite() & distance.isfinite()).all():
+            raise ValueError(f"{op}: omegas[{i}] would give NaN or infinite importances, or its params are not finite")
     yield
     for f, omega, start, p, new in zip(importances, omegas, starts, params, fresh, strict=True):
         f.copy_(new)
