@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastcl import ops, streams
-from fastcl.methods import DGMw
+from fastcl.methods import HAT, DGMw
 from fastcl.nn import class_loss, crop, frozen
 
 
@@ -107,6 +107,85 @@ def test_dgm_step(contest: Callable, device: torch.device, width: int, part: str
             torch.manual_seed(7)
             call()
             found.append([p.detach().clone() for p in learners[name].generator.layers.parameters()])
+        for a, b in zip(*found, strict=True):
+            # Adam's first step is the gradient's sign: where rounding decides it, weights differ by a whole step
+            assert ((a - b).abs() > 1e-4).float().mean() < 0.005
+
+    contest(contenders, check)
+
+
+class PlainHAT(HAT):
+    """HAT as its authors' code and hat-cl write it: eager gates, gradients masked and compensated after backward."""
+
+    def begin_task(self, task: Any) -> None:
+        super().begin_task(task)
+        rest = [p for p in self.model.parameters() if all(p is not layer.embedding for layer in self.layers)]
+        embeddings = {"params": [layer.embedding for layer in self.layers], "lr": 1e-2}
+        self.plain = torch.optim.Adam([{"params": rest}, embeddings], 1e-3)
+        self.free = {}
+        for p, r in self._reserved().items():
+            if isinstance(r, tuple):
+                rows, columns = r
+                r = rows.unsqueeze(1).expand_as(p) if columns is None else torch.minimum(rows.unsqueeze(1), columns)
+            self.free[p] = 1 - r.float()
+
+    def observe(self, x: torch.Tensor, y: torch.Tensor) -> float:
+        s, h, used, total = 5.0, x.flatten(1), 0.0, 0.0
+        for layer in self.layers:
+            gate = torch.sigmoid(s * layer.embedding)
+            h = F.linear(h, layer.weight, layer.bias).relu() * gate
+            free = self.free[layer.bias]
+            used, total = used + (gate * free).sum(), total + free.sum()
+        own = torch.tensor(self.tasks[-1], device=y.device)
+        entropy = F.cross_entropy(self.head(h)[:, own], torch.searchsorted(own, y))
+        loss = entropy + self.strength * used / total
+        self.plain.zero_grad()
+        loss.backward()
+        for p, free in self.free.items():
+            p.grad *= free
+        for layer in self.layers:
+            e = layer.embedding.data
+            layer.embedding.grad *= self.s_max / s * (torch.cosh((s * e).clamp(-50, 50)) + 1) / (torch.cosh(e) + 1)
+        self.plain.step()
+        for layer in self.layers:
+            layer.embedding.data.clamp_(-self.clamp, self.clamp)
+        return loss.item()
+
+
+@pytest.mark.parametrize("hidden", [(400, 400), (2000, 2000)])
+def test_hat_step(contest: Callable, device: torch.device, monkeypatch: Any, hidden: tuple[int, ...]) -> None:
+    """A step of HAT's MLP in the second of two tasks, batches of 64, s = 5 (later 1 - m rounds to 0 in eager code)."""
+    monkeypatch.setattr("fastcl.methods.hat.hat_scale", lambda *_: 5.0)
+    torch.manual_seed(0)
+    images, labels = torch.rand(64, 1, 28, 28), torch.randint(0, 2, (64,))
+    tasks = tuple(
+        streams.Task(t, (2 * t, 2 * t + 1), lambda t=t: (images, labels + 2 * t), lambda t=t: (images, labels + 2 * t))
+        for t in range(2)
+    )
+    stream = streams.Stream("drawn", "split", "task", tasks, 4, (1, 28, 28), 0)
+    x, y = images.to(device), labels.to(device)
+
+    def ready(kind: type[HAT]) -> HAT:
+        learner = kind.build(stream, hidden=hidden)
+        learner.model.to(device)
+        learner.begin_task(tasks[0])
+        with torch.no_grad():
+            for layer in learner.layers:
+                layer.embedding.copy_(torch.randn(layer.embedding.shape, generator=torch.Generator().manual_seed(1)))
+        learner.end_task([(x, y)])
+        torch.manual_seed(2)
+        learner.begin_task(tasks[1])
+        return learner
+
+    learners = {"fastcl": ready(HAT), "plain torch": ready(PlainHAT)}
+    contenders = {name: lambda learner=learner: learner.observe(x, y + 2) for name, learner in learners.items()}
+
+    def check(contenders: dict[str, Any]) -> None:
+        before = [p.detach().clone() for p in learners["fastcl"].model.parameters()]
+        for call in contenders.values():
+            call()
+        found = [[p.detach() for p in learner.model.parameters()] for learner in learners.values()]
+        assert any(not torch.equal(a, b) for a, b in zip(before, found[0], strict=True))
         for a, b in zip(*found, strict=True):
             # Adam's first step is the gradient's sign: where rounding decides it, weights differ by a whole step
             assert ((a - b).abs() > 1e-4).float().mean() < 0.005
