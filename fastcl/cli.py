@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 try:
     import safetensors  # noqa: F401  checkpoints
@@ -52,8 +52,16 @@ def main() -> None:
         print(f"fastcl: {error}", file=sys.stderr)
         sys.exit(error.status)
     except KeyboardInterrupt:
-        print("fastcl: interrupted", file=sys.stderr)
-        sys.exit(130)
+        _interrupted()
+    except SystemExit as ending:
+        if ending.code == 130:  # Ctrl-C before or after the training itself: typer leaves without a word
+            _interrupted()
+        raise
+
+
+def _interrupted() -> NoReturn:
+    print("fastcl: interrupted; a run with --checkpoint goes on by the same command with --resume", file=sys.stderr)
+    sys.exit(130)
 
 
 class _Stopped(Exception):
