@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from .checkpoint import is_own
+
 PROBE = 4096  # bytes that must fit on the disk before a run begins
 
 
@@ -46,8 +48,8 @@ def check_outputs(
         if name in files and os.path.lexists(real) and not os.path.isfile(real):
             raise ValueError(f"{name} is {path}, a device or pipe, but must be a file: it would be replaced")
         for owner, folder in folders.items():
-            if name in files and os.path.dirname(real) == os.path.realpath(folder):
-                raise ValueError(f"{name} is {path}, in the folder of {owner}, which is fastcl's own")
+            if name in files and os.path.dirname(real) == os.path.realpath(folder) and is_own(os.path.basename(real)):
+                raise ValueError(f"{name} is {path}, a file of the {owner} itself")
         try:
             os.lstat(f"{real}.12345678.tmp")  # it is written under such a name first
         except (FileNotFoundError, NotADirectoryError):

@@ -31,6 +31,11 @@ _TENSORS = re.compile(r"tensors-[0-9a-f]{16}\.safetensors")
 _LEFT_OVER = re.compile(r"(state\.json|previous\.json|tensors-[0-9a-f]{16}\.safetensors)\..+\.tmp")
 
 
+def is_own(name: str) -> bool:
+    """Whether a file of this name in a checkpoint's folder belongs to the checkpoint."""
+    return name in (_INDEX, _PREVIOUS) or bool(_TENSORS.fullmatch(name) or _LEFT_OVER.fullmatch(name))
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be trusted; the message says which file and why."""
 

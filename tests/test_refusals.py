@@ -70,7 +70,7 @@ def places(root: Path) -> dict[str, tuple[list[object], str]]:
         "device": (["--out", "/dev/null"], "a device or pipe"),
         "file in the way": (["--out", root / "file" / "result.json"], "cannot be written: Not a directory"),
         "checkpoint is a file": (["--checkpoint", root / "file"], "checkpoint is the file .* must be a folder"),
-        "out in checkpoint": (["--checkpoint", run, "--out", run / "state.json"], "in the folder of checkpoint"),
+        "out in checkpoint": (["--checkpoint", run, "--out", run / "state.json"], "a file of the checkpoint"),
         "out is checkpoint": (["--checkpoint", run, "--out", run], "out is .* but so is checkpoint"),
         "out is plot": (["--out", root / "x.png", "--plot", root / "x.png"], "plot is .* but so is out"),
         "out is an input": ([*mnist, "--out", images], "out is .* but that is an input"),
