@@ -38,11 +38,13 @@ if not pure_python:
 
 _library = torch.library.Library(NAMESPACE, "DEF")  # lives as long as the process: its ops go with it
 _BelowAutograd = torch._C._AutoDispatchBelowADInplaceOrView
+_transforming = torch._C._are_functorch_transforms_active
 _increment_version = torch.autograd.graph.increment_version
 _requires_grad = attrgetter("requires_grad")
 _dtype = attrgetter("dtype")
 _AFTER = torch._C._after_ADInplaceOrView_keyset
 catalogue: dict[str, torch._ops.OpOverload] = {}
+_with_lists: set[torch._ops.OpOverload] = set()  # those that take lists of tensors
 _rules: dict[torch._ops.OpOverload, Callable[[], Any]] = {}  # the autograd.Function of each differentiable op
 
 
@@ -59,6 +61,8 @@ def define(schema: str, reference: Callable[..., Any]) -> torch._ops.OpOverload:
     if "!)" in schema:
         _library.impl(name, _guard(op, schema.count("!)")), "Autograd", with_keyset=True)
     catalogue[name] = op
+    if any(str(argument.type) == "List[Tensor]" for argument in op._schema.arguments):
+        _with_lists.add(op)
     return op
 
 
@@ -212,20 +216,19 @@ def _refuse_tracked(op: torch._ops.OpOverload, mutated: Sequence[Tensor], args: 
 
 def run(op: torch._ops.OpOverload, *args: Any) -> Any:
     """A functional op with its gradient, past the dispatcher's generic autograd where nothing else watches."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or _transforming():
         return op(*args)
-    lists = any(map(_is_list, args))
+    lists = op in _with_lists
     flat = [t for arg in args for t in (arg if isinstance(arg, (list, tuple)) else (arg,))] if lists else args
-    if not torch.is_grad_enabled() or not any(isinstance(t, Tensor) and t.requires_grad for t in flat):
-        with _BelowAutograd():
-            return op(*args)
-    if op not in _rules:
+    if torch.is_grad_enabled():
+        for t in flat:
+            if isinstance(t, Tensor) and t.requires_grad:
+                if op not in _rules:
+                    return op(*args)
+                lengths = [len(arg) if isinstance(arg, (list, tuple)) else -1 for arg in args] if lists else ()
+                return _rules[op]().apply(*flat, lengths)
+    with _BelowAutograd():
         return op(*args)
-    return _rules[op]().apply(*flat, [len(arg) if _is_list(arg) else -1 for arg in args] if lists else ())
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple))
 
 
 def call(op: torch._ops.OpOverload, *args: Any) -> Any:
