@@ -75,11 +75,11 @@ else:
                     f"install g++; macOS: xcode-select --install), {HELP}"
                 ) from error
 
-    target = (
-        ["/O2", "/permissive-"]
-        if os.name == "nt"
-        else ["-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-fno-thread-jumps", "-Wno-psabi", "-g0"]
-    )
+    target = ["/O2", "/permissive-"]
+    if os.name != "nt":
+        target = ["-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-g0"]
+        # gcc would split a loop's clamps into cases, and compute every case for every element
+        target.append("-fno-thread-jumps")
     target += os.environ.get("FASTCL_CFLAGS", "").split()  # after ours, so that they win: .ci/sanitize
     common = dict(library_dirs=cpp_extension.library_paths(), language="c++")
     extensions = [

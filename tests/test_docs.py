@@ -314,7 +314,8 @@ def accuracies(name: str) -> dict[tuple[str, str], tuple[float, ...]]:
         elif cells[0] == "method":
             columns = [cells.index("accuracy"), cells.index("forgetting")]
         elif line.startswith("| "):
-            found[heading, cells[0]] = tuple(float(cells[c].split()[0]) for c in columns)
+            # the first of a method's rows: the others are of smaller networks
+            found.setdefault((heading, cells[0]), tuple(float(cells[c].split()[0]) for c in columns))
     return found
 
 

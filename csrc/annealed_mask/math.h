@@ -4,8 +4,9 @@
 
 namespace fastcl {
 
-// The mask and dm/de = s m (1 - m) from one exponential q = exp(-|s e|), which never overflows: the slope, s q / (1 + q)^2,
-// does not vanish where m rounds to 1, and a mask that is all off is 0, not a denormal that slows what it multiplies.
+// The mask and dm/de = s m (1 - m) from one exponential q = exp(-|s e|), which never overflows: the slope, s q / (1 +
+// q)^2, does not vanish where m rounds to 1, and a mask that is all off is 0, not a denormal that slows what it
+// multiplies.
 template <class T>
 struct MaskAndSlope {
   T mask, slope;

@@ -40,7 +40,7 @@ FASTCL_HD float float_from_bits(int32_t bits) {
 // Within 2 ulp on [-87.3, 88.0], 0 below -87.7 (no denormals: they cost a loop three times its time), saturating above;
 // NaN stays NaN.
 FASTCL_HD float exp_not_positive(float x) {
-  x = x < -88.0f ? -88.0f : x;  // n = -127 there: the exponent's bits are 0
+  x = x < -88.0f ? -88.0f : x;                         // n = -127 there: the exponent's bits are 0
   const float shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the low mantissa bits now hold n
   const float n = shifted - 12582912.f;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
