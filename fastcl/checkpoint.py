@@ -32,7 +32,12 @@ _LEFT_OVER = re.compile(r"(state\.json|previous\.json|tensors-[0-9a-f]{16}\.safe
 
 
 def is_own(name: str) -> bool:
-    """Whether a file of this name in a checkpoint's folder belongs to the checkpoint."""
+    """Whether a file of this name in a checkpoint's folder belongs to the checkpoint.
+
+    Example:
+        >>> is_own("state.json"), is_own("result.json")
+        (True, False)
+    """
     return name in (_INDEX, _PREVIOUS) or bool(_TENSORS.fullmatch(name) or _LEFT_OVER.fullmatch(name))
 
 

@@ -23,32 +23,16 @@ FASTCL_HD void free_from_floats(A* FASTCL_RESTRICT free, const M* FASTCL_RESTRIC
   for (int64_t i = 0; i < n; ++i) free[i] = A(1) - static_cast<A>(load(r + i));
 }
 
-// Bit i % 8 of byte i / 8; 32 weights from one word, by shifts that vectorise.
-template <class A>
-FASTCL_HD void free_from_bits(A* FASTCL_RESTRICT free, const uint8_t* FASTCL_RESTRICT bytes, int64_t n) {
+// to[i] = value(bit i % 8 of byte i / 8); 32 weights from one word, by shifts that vectorise.
+template <class Out, class F>
+FASTCL_HD void expand_bits(Out* FASTCL_RESTRICT to, const uint8_t* FASTCL_RESTRICT bytes, int64_t n, const F& value) {
   int64_t i = 0;
   for (; i + 32 <= n; i += 32, bytes += 4) {
     const uint32_t word =
         uint32_t(bytes[0]) | uint32_t(bytes[1]) << 8 | uint32_t(bytes[2]) << 16 | uint32_t(bytes[3]) << 24;
-    for (uint32_t j = 0; j < 32; ++j) free[i + j] = static_cast<A>(static_cast<int32_t>(~(word >> j) & 1u));
+    for (uint32_t j = 0; j < 32; ++j) to[i + j] = value(static_cast<int32_t>((word >> j) & 1u));
   }
-  for (int64_t j = 0; i + j < n; ++j) free[i + j] = static_cast<A>(1 - ((bytes[j >> 3] >> (j & 7)) & 1));
-}
-
-// The 8 bools of every byte: one load and one store for 8 weights.
-struct Bits {
-  uint8_t bools[256][8];
-  constexpr Bits() : bools() {
-    for (int byte = 0; byte < 256; ++byte)
-      for (int j = 0; j < 8; ++j) bools[byte][j] = (byte >> j) & 1;
-  }
-};
-inline constexpr Bits kBits;
-
-FASTCL_HD void unpack_bits(uint8_t* FASTCL_RESTRICT bools, const uint8_t* FASTCL_RESTRICT bytes, int64_t n) {
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) std::memcpy(bools + i, kBits.bools[bytes[i >> 3]], 8);
-  for (; i < n; ++i) bools[i] = (bytes[i >> 3] >> (i & 7)) & 1;
+  for (int64_t j = 0; i + j < n; ++j) to[i + j] = value((bytes[j >> 3] >> (j & 7)) & 1);
 }
 
 template <class A>
@@ -77,7 +61,8 @@ FASTCL_HD void free_shares(A* FASTCL_RESTRICT free, const MaskView& mask, int64_
       return;
     }
     case MaskKind::packed:
-      return free_from_bits(free, static_cast<const uint8_t*>(mask.data) + begin / 8, n);
+      return expand_bits(free, static_cast<const uint8_t*>(mask.data) + begin / 8, n,
+                         [](int32_t bit) FASTCL_LAMBDA_HD { return static_cast<A>(1 - bit); });
     case MaskKind::f32:
       return free_from_floats(free, static_cast<const float*>(mask.data) + begin, n);
     case MaskKind::f64:
@@ -136,14 +121,8 @@ FASTCL_HD void keep_words(int32_t* FASTCL_RESTRICT words, const MaskView& mask, 
     for (int64_t i = 0; i < n; ++i) words[i] = -static_cast<int32_t>(r[i] != 0);
     return;
   }
-  const uint8_t* FASTCL_RESTRICT bytes = static_cast<const uint8_t*>(mask.data) + begin / 8;
-  int64_t i = 0;
-  for (; i + 32 <= n; i += 32, bytes += 4) {
-    const uint32_t word =
-        uint32_t(bytes[0]) | uint32_t(bytes[1]) << 8 | uint32_t(bytes[2]) << 16 | uint32_t(bytes[3]) << 24;
-    for (uint32_t j = 0; j < 32; ++j) words[i + j] = -static_cast<int32_t>((word >> j) & 1u);
-  }
-  for (int64_t j = 0; i + j < n; ++j) words[i + j] = -((bytes[j >> 3] >> (j & 7)) & 1);
+  expand_bits(words, static_cast<const uint8_t*>(mask.data) + begin / 8, n,
+              [](int32_t bit) FASTCL_LAMBDA_HD { return -bit; });
 }
 
 // One weight's mask as a kernel wants it: checked, in the weight's memory order, temporaries kept alive.

@@ -29,7 +29,9 @@ struct Pack {
 };
 
 struct Unpack {
-  static FASTCL_HD void run(uint8_t* r, const uint8_t* bytes, int64_t n) { unpack_bits(r, bytes, n); }
+  static FASTCL_HD void run(uint8_t* r, const uint8_t* bytes, int64_t n) {
+    expand_bits(r, bytes, n, [](int32_t bit) FASTCL_LAMBDA_HD { return static_cast<uint8_t>(bit); });
+  }
 };
 
 Tensor pack_mask(Tensor mask) {
