@@ -33,23 +33,35 @@ class PlainDGM(DGMw):
         params = chain(g.layers.parameters(), g.norms[-1].parameters(), g.outputs[-1].parameters())
         return torch.optim.Adam(params, self.lr, self.betas)
 
-    def _images(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def begin_task(self, task: Any) -> None:
+        first, shape = self.model.trunk[0], (self.model.trunk[0].in_channels, self.model.trunk[0].out_channels)
+        if type(first) is not nn.Conv2d:
+            self.model.trunk[0] = nn.Conv2d(*shape, 5, 2, 2).to(first.weight.device)
+        super().begin_task(task)
+
+    def observe(self, x: torch.Tensor, y: torch.Tensor) -> float:
+        self._anneal(len(y))
+        fake = self.made(self.generator.latents(y))
+        loss = self._discriminator_step(x, y, fake.detach())
+        self._generator_step(fake, y)
+        return loss
+
+    def made(self, z: torch.Tensor) -> torch.Tensor:
         g, x, used = self.generator, z[:, :, None, None], torch.zeros((), device=z.device)
         for i, (layer, free) in enumerate(zip(g.layers, self.free, strict=True)):
             mask = torch.sigmoid(layer.scale * layer.embedding)
             used = used + (mask * free).sum()
             x = F.conv_transpose2d(x, layer.weight * mask, None, 1 if i == 0 else 2, 0 if i == 0 else 1)
             x = g.norms[-1][i](x).relu()
-        total = sum(free.sum() for free in self.free)
-        return crop((g.outputs[-1](x).tanh() + 1) / 2, g.input_shape), used / total
+        self.used = used / sum(free.sum() for free in self.free)
+        return crop((g.outputs[-1](x).tanh() + 1) / 2, g.input_shape)
 
-    def _generator_step(self, z: torch.Tensor, y: torch.Tensor) -> None:
+    def _generator_step(self, fake: torch.Tensor, y: torch.Tensor) -> None:
         self.generator_optimizer.zero_grad()
-        fake, sparsity = self._images(z)
         with frozen(self.model):
             value, logits = self.model.judge(fake)
         grown = sum(self.generator.channels) / sum(self.generator.initial)
-        loss = self.strength * grown * sparsity - value.mean()
+        loss = self.strength * grown * self.used - value.mean()
         if len(self.tasks[-1]) > 1:
             loss = loss + class_loss(logits, y, self.classes)
         loss.backward()
@@ -97,7 +109,8 @@ def test_dgm_step(contest: Callable, device: torch.device, width: int, part: str
             return lambda: learner.observe(x, y)
         z = learner.generator.latents(y, torch.Generator().manual_seed(1))
         learner.generator.set_scale(2.0)
-        return lambda: learner._generator_step(z, y)
+        made = getattr(learner, "made", learner.generator)
+        return lambda: learner._generator_step(made(z), y)
 
     contenders = {name: step(learner) for name, learner in learners.items()}
 

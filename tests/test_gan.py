@@ -23,7 +23,10 @@ from fastcl.nn import (
     critic_loss,
     fixed_statistics,
     frozen,
+    mixed,
 )
+from fastcl.nn.gan import ImageConv2d
+from fastcl.nn.precision import has_fast_bfloat16
 from fastcl.optim import MaskedAdam
 
 
@@ -107,6 +110,68 @@ def test_critic_loss_refuses_what_does_not_fit() -> None:
         critic_loss(critic, torch.zeros(3, 4), torch.zeros(2, 4), 1.0)
     with pytest.raises(ValueError, match="penalty is -1"):
         critic_loss(critic, torch.zeros(3, 4), torch.zeros(3, 4), -1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [(8, 8), (28, 28), (10, 6), (7, 9)])
+def test_the_image_convolution_is_the_convolution(channels: int, size: tuple[int, int]) -> None:
+    """Forward, its gradients and theirs (a gradient penalty's), in float64; odd images take the plain way."""
+    torch.manual_seed(0)
+    conv = ImageConv2d(channels, 4).double()
+    plain = nn.Conv2d(channels, 4, 5, 2, 2).double()
+    plain.load_state_dict(conv.state_dict())
+    found = []
+    for layer in (conv, plain):
+        x = torch.rand(2, channels, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        x.requires_grad_()
+        y = F.leaky_relu(layer(x), 0.2)
+        (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        slope.square().sum().backward()
+        found.append([y.detach(), slope.detach(), x.grad, layer.weight.grad, layer.bias.grad])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_mixed_is_what_it_is_asked_to_be() -> None:
+    x, cpu = torch.ones(2, 2), torch.device("cpu")
+    found = {}
+    for precision in ("auto", "float32", "bfloat16"):
+        with mixed(cpu, precision):
+            found[precision] = (x @ x).dtype
+    assert (found["float32"], found["bfloat16"]) == (torch.float32, torch.bfloat16)
+    assert found["auto"] == (torch.bfloat16 if has_fast_bfloat16(cpu) else torch.float32)
+    with pytest.raises(ValueError, match="precision is 'half' but must be one of auto, float32, bfloat16"):
+        mixed(cpu, "half")
+
+
+def test_networks_give_float32_in_bfloat16() -> None:
+    """Losses and their reductions are float32, and near float32's own; gradients arrive in float32."""
+    torch.manual_seed(0)
+    x, y = torch.rand(64, 1, 8, 8), torch.tensor([0, 1, 1, 2]).repeat(16)
+    judge, dcgan = Discriminator((1, 8, 8), 3, 4), DCGAN((1, 8, 8), 3, 4, 8)
+    vae = ConditionalVAE((1, 8, 8), 3, (16,), 4)
+    memory = DynamicGenerator((1, 8, 8), 3, width=4, latent=8)
+    memory.begin_task([0, 1, 2])
+    z = torch.randn(64, 8)
+    for loss in (
+        lambda: critic_loss(judge, x, 1 - x, 1.0),
+        lambda: dcgan(z, y).square().mean(),
+        lambda: memory(z).square().mean(),
+        lambda: vae.loss(x, y),
+    ):
+        values = []
+        for precision in ("float32", "bfloat16"):
+            torch.manual_seed(0)
+            with mixed(torch.device("cpu"), precision):
+                value = loss()
+            value.backward()
+            values.append(value)
+        assert values[0].dtype == values[1].dtype == torch.float32
+        assert values[1].item() == pytest.approx(values[0].item(), rel=0.05, abs=0.05)
+        assert values[1].item() != values[0].item()
+    grads = [p.grad for m in (judge, dcgan, vae, memory) for p in m.parameters() if p.grad is not None]
+    assert grads
+    assert all(g.dtype == torch.float32 for g in grads)
 
 
 def test_statistics_and_gradients_are_left_alone() -> None:

@@ -43,7 +43,7 @@ class CLN(Generative):
         show: new images to the classifier from the second task on: ``reconstructed``, or ``real``, the seed's.
         beta: weight of the KL; 1 loses the variety within a class (8 x 8 digits). vae_lr: Adam's, of the VAE. nflae_steps: of each layer's autoencoder.
         vae_from: ``classifier``, the seed's: the encoder starts from the classifier's trunk; or ``previous``.
-        lr: Adam's, of the classifier.
+        lr: Adam's, of the classifier. precision: of the VAE's steps, as for :func:`fastcl.nn.mixed`.
 
     Raises:
         ValueError: an unknown `grow`, `vae_from` or `show`; numbers out of range.
@@ -284,7 +284,9 @@ class CLN(Generative):
                 for part in torch.randperm(len(x)).split(128):
                     part = part.to(x.device)
                     optimizer.zero_grad()
-                    vae.loss(x[part], y[part], self.beta).backward()
+                    with self.mixed():
+                        loss = vae.loss(x[part], y[part], self.beta)
+                    loss.backward()
                     optimizer.step()
             vae.cluster(x, y)
             if i == self.iterations // 2:

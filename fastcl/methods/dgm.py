@@ -49,7 +49,7 @@ class DGM(Generative):
         finish: passes over the data at a task's end in which the classifier learns alone, its rate falling to 0 (ours:
             beside the critic its accuracy jumps from step to step; the authors' code picks an epoch by old images).
         clamp: embeddings are kept in [-clamp, clamp] (HAT's; the paper does not say).
-        lr: Adam's, of both networks.
+        lr: Adam's, of both networks. precision: of their steps, as for :func:`fastcl.nn.mixed`.
 
     Raises:
         ValueError: numbers out of range; an optimizer, which DGM makes itself.
@@ -161,25 +161,29 @@ class DGM(Generative):
     def observe(self, x: Tensor, y: Tensor) -> float:
         """One step of the discriminator and one of the generator; returns the classifier's loss."""
         self.check_batch(x, y)
-        self._batch = self._batch or len(y)  # the first batch of a task tells the size of the others
+        self._anneal(len(y))
+        with self.mixed():  # for both: the discriminator's step leaves the generator alone
+            fake = self.generator(self.generator.latents(y))
+        loss = self._discriminator_step(x, y, fake.detach())
+        self._generator_step(fake, y)
+        return loss
+
+    def _anneal(self, n: int) -> None:
+        """The masks' scale for the next n samples."""
+        self._batch = self._batch or n  # the first batch of a task tells the size of the others
         batches = max(1, math.ceil(self._samples / self._batch))
         at = min(self._epoch, self.n_epochs - 1), self.n_epochs, min(self._seen // self._batch, batches - 1), batches
         self.generator.set_scale(dgm_scale(*at, self.s_max, self.schedule))
-        self._seen += len(y)
+        self._seen += n
         if self._seen >= self._samples:
             self._seen, self._epoch = 0, self._epoch + 1
-        z = self.generator.latents(y)
-        loss = self._discriminator_step(x, y, z)
-        self._generator_step(z, y)
-        return loss
 
-    def _discriminator_step(self, x: Tensor, y: Tensor, z: Tensor) -> float:
-        with torch.no_grad():
-            fake = self.generator(z)
+    def _discriminator_step(self, x: Tensor, y: Tensor, fake: Tensor) -> float:
         self.optimizer.zero_grad()
-        with fixed_statistics(self.model):
-            loss = critic_loss(self.model, x, fake, self.penalty)
-        told = self.loss(x, y)
+        with self.mixed():
+            with fixed_statistics(self.model):
+                loss = critic_loss(self.model, x, fake, self.penalty)
+            told = self.loss(x, y)
         (loss + told).backward()
         self.optimizer.step()
         return told.item()
@@ -195,10 +199,9 @@ class DGM(Generative):
             y = torch.cat([y[:mine], labels[picked]])
         return class_loss(self.model(x), y, self.classes)
 
-    def _generator_step(self, z: Tensor, y: Tensor) -> None:
+    def _generator_step(self, fake: Tensor, y: Tensor) -> None:
         self.generator_optimizer.zero_grad()
-        fake = self.generator(z)
-        with frozen(self.model), fixed_statistics(self.model):
+        with self.mixed(), frozen(self.model), fixed_statistics(self.model):
             value, logits = self.model.judge(fake)
         grown = sum(self.generator.channels) / sum(self.generator.initial)
         loss = self.strength * grown * self.generator.sparsity() - value.mean()
@@ -221,7 +224,9 @@ class DGM(Generative):
             for part in torch.randperm(len(x)).split(size):
                 part = part.to(x.device)
                 optimizer.zero_grad()
-                self.loss(x[part], y[part]).backward()
+                with self.mixed():
+                    loss = self.loss(x[part], y[part])
+                loss.backward()
                 optimizer.step()
                 schedule.step()
 

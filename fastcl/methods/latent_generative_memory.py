@@ -38,6 +38,8 @@ class LatentGenerativeMemory(Method):
             near it (Yu et al. 2020).
         generator_lr: Adam's, of generator and critic. penalty: of the critic's gradient.
         critic_steps: for one step of the generator.
+        finish: steps at a task's end in which the head learns on hallucinations of every class, old and new (ours:
+            beside real new features it tells hallucinated from real, and takes real old ones for new).
 
     Raises:
         ValueError: an unknown `hold` or `replay`; numbers out of range.
@@ -68,6 +70,7 @@ class LatentGenerativeMemory(Method):
         critic_steps: int = 1,
         latent: int = 64,
         width: int = 256,
+        finish: int = 300,
         **options: Any,
     ) -> None:
         if hold not in ("ewc", "mas", "none") or replay not in ("joint", "align"):
@@ -75,8 +78,8 @@ class LatentGenerativeMemory(Method):
         for name, value in (("alignment", alignment), ("penalty", penalty)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} is {value} but must be finite and not negative")
-        if critic_steps < 1:
-            raise ValueError(f"critic_steps is {critic_steps} but must be at least 1")
+        if critic_steps < 1 or finish < 0:
+            raise ValueError(f"critic_steps is {critic_steps} and finish {finish} but must be at least 1 and 0")
         super().__init__(model, **options)
         self.embedder, self.head = model[0], model[1]
         first = next(m for m in self.head.modules() if isinstance(m, nn.Linear))
@@ -87,7 +90,7 @@ class LatentGenerativeMemory(Method):
         self.generator_optimizer = torch.optim.Adam(self.generator.parameters(), generator_lr, betas)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), generator_lr, betas)
         self.replay, self.alignment, self.prototypes, self.penalty = replay, alignment, prototypes, penalty
-        self.hold, self.critic_steps, self.observed = hold, critic_steps, 0
+        self.hold, self.critic_steps, self.observed, self.finish = hold, critic_steps, 0, finish
         self.regulariser: importance.EWC | importance.MAS | None = None
         if hold == "mas":
             self.regulariser = importance.MAS(self.embedder, strength)
@@ -191,6 +194,7 @@ class LatentGenerativeMemory(Method):
 
     def end_task(self, batches: Batches) -> None:
         batches = list(batches)
+        self._finish(len(batches[0][1]))
         if self.hold == "ewc":
             with frozen(self.head):
                 self.regulariser.consolidate(batches, classes=self.classes)
@@ -198,6 +202,22 @@ class LatentGenerativeMemory(Method):
             self.regulariser.consolidate([x for x, _ in batches])
         if self.prototypes:
             self._follow(batches)
+
+    def _finish(self, n: int) -> None:
+        """The head on hallucinated features of every class, old and new."""
+        optimizer = torch.optim.Adam(self.head.parameters(), 1e-3)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, max(1, self.finish))
+        seen = torch.tensor(self.seen)
+        for _ in range(self.finish):
+            y = seen[torch.randint(len(seen), (n,))].to(self._device)
+            with torch.no_grad():
+                z = self.generator.sample(y) * self.scale
+            optimizer.zero_grad()
+            logits = self.head(z)
+            own = self.setting == "task"
+            (entropy_within_tasks(logits, y, self.tasks) if own else class_loss(logits, y, self.seen)).backward()
+            optimizer.step()
+            schedule.step()
 
     @torch.no_grad()
     def _follow(self, batches: Batches) -> None:

@@ -36,6 +36,7 @@ class MeRGAN(Generative):
         aligned: images of alignment in a step, shared by the earlier classes.
         lr: Adam's, of both networks. The paper has 1e-4, betas (0, .9), five critic steps and 8000 steps of the generator
             for each class; the defaults here are a CPU's.
+        precision: of both networks' steps, as for :func:`fastcl.nn.mixed`.
 
     Raises:
         ValueError: numbers out of range.
@@ -114,12 +115,13 @@ class MeRGAN(Generative):
         with torch.no_grad():
             old = self.previous(self._z(n, device), before) if len(before) else x[:0]
         real, told = (torch.cat([x, old]), torch.cat([y, before])) if self.joint else (x, y)
-        with torch.no_grad():
+        with torch.no_grad(), self.mixed():
             fake = self.generator(self._z(len(real), device), told)
         self.optimizer.zero_grad()
-        with fixed_statistics(self.model):
-            loss = critic_loss(self.model, real, fake, self.penalty)
-        named = self._class_loss(x, y, old, before)
+        with self.mixed():
+            with fixed_statistics(self.model):
+                loss = critic_loss(self.model, real, fake, self.penalty)
+            named = self._class_loss(x, y, old, before)
         (loss + named).backward()
         self.optimizer.step()
         self._observed += 1
@@ -143,8 +145,9 @@ class MeRGAN(Generative):
         if align:  # one forward pass: BatchNorm then sees all classes, as it does when it is asked for them
             z, c = torch.cat([z, self._z(self.aligned, device)]), torch.cat([c, self._past(self.aligned, device)])
         self.generator_optimizer.zero_grad()
-        made = self.generator(z, c)
-        with frozen(self.model), fixed_statistics(self.model):
+        with self.mixed():
+            made = self.generator(z, c)
+        with self.mixed(), frozen(self.model), fixed_statistics(self.model):
             value, logits = self.model.judge(made[:n])
         loss = class_loss(logits, y, self.classes) - value.mean()
         if align:

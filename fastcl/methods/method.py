@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..importance import Regulariser
-from ..nn import Exemplars, Replay, make_generator, mlp, plot_images
+from ..nn import Exemplars, Replay, make_generator, mixed, mlp, plot_images
 from ..nn.distill import entropy_within_tasks
+from ..nn.precision import check_precision
 from ..ops._state import check_keys, check_like, check_method, load_optimizer, load_whole, tasks_of
 
 if TYPE_CHECKING:
@@ -263,6 +264,12 @@ class Regularised(Method):
 class Generative(Method):
     """A method that can show what it remembers; :meth:`generate` is also what `acc_generated` is measured on.
 
+    Args:
+        precision: of the generator's steps, as for :func:`fastcl.nn.mixed`; what is generated is made in float32.
+
+    Raises:
+        ValueError: an unknown precision.
+
     Example:
         >>> learner = fastcl.methods.DGR.build(stream); learner.begin_task(stream.tasks[0])
         >>> loss = learner.observe(*batch); [t.shape for t in learner.generate(10)]
@@ -270,6 +277,14 @@ class Generative(Method):
     """
 
     shown: list[Tensor]  # a few generated images after each task
+
+    def __init__(self, model: nn.Module, *, precision: str = "auto", **options: Any) -> None:
+        super().__init__(model, **options)
+        self.precision = check_precision(precision)
+
+    def mixed(self) -> torch.autocast:
+        """Around the losses of generator and critic."""
+        return mixed(next(self.model.parameters()).device, self.precision)
 
     def generate(self, n: int) -> tuple[Tensor, Tensor]:
         """n images in [0, 1] of what was seen so far, and the output unit that each is meant to be [n]."""

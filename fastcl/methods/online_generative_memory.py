@@ -34,7 +34,7 @@ class OnlineGenerativeMemory(Replaying):
         steps: of ``lookahead``. rate: a, of its inner step and its own steps (None: lr). weight: of the loss of ``distill``.
         eps, ball, radius: of ``project``.
         generator_lr: Adam's, of the generator. critic_steps: of a WGAN.
-        lr, optimizer: as for :class:`Method`.
+        lr, optimizer: as for :class:`Method`. precision: of the generator, as for :func:`fastcl.nn.mixed`.
 
     Raises:
         ValueError: an unknown `mode` or `ball`; numbers out of range.
@@ -83,7 +83,7 @@ class OnlineGenerativeMemory(Replaying):
         self.mode, self.remembered, self.steps, self.weight = mode, remembered, steps, weight
         self.rate = options.get("lr", 1e-3) if rate is None else rate
         self.projection = {"eps": eps, "ball": ball, "radius": radius}
-        self.memory_of = Replay(generator, generator_lr, critic_steps)
+        self.memory_of = Replay(generator, generator_lr, critic_steps, self.precision)
         self.shown: list[Tensor] = []
 
     def observe(self, x: Tensor, y: Tensor) -> float:

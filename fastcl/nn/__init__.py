@@ -38,6 +38,7 @@ from .mixture import ConvergenceWarning, GaussianMixture
 from .mlp import mlp
 from .nflae import learn_features
 from .plan import Plan, trace
+from .precision import mixed
 from .projection import layer_inputs, project_onto_outputs, project_step
 from .replay import Replay, make_generator
 from .schedules import dgm_scale, hat_scale
@@ -86,6 +87,7 @@ __all__ = [
     "learn_features",
     "make_generator",
     "masked_layers",
+    "mixed",
     "mlp",
     "plot_capacity",
     "plot_growth",

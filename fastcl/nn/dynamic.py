@@ -123,7 +123,7 @@ class DynamicGenerator(nn.Module):
             x = self.norms[task][i](x * gate[:, None, None] if before else x).relu()
             if gate is not None and not before:
                 x = x * gate[:, None, None]
-        return crop((self.outputs[task](x).tanh() + 1) / 2, self.input_shape)
+        return crop((self.outputs[task](x).to(z.dtype).tanh() + 1) / 2, self.input_shape)
 
     @torch.no_grad()
     def generate(self, y: Tensor, generator: torch.Generator | None = None) -> Tensor:

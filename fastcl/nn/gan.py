@@ -96,7 +96,7 @@ class DCGAN(nn.Module):
         x = z[:, :, None, None]
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = norm(layer(x), y).relu()
-        return crop((self.output(x).tanh() + 1) / 2, self.input_shape)
+        return crop((self.output(x).to(z.dtype).tanh() + 1) / 2, self.input_shape)
 
     @torch.no_grad()
     def sample(self, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -109,6 +109,33 @@ class DCGAN(nn.Module):
             return torch.cat([self(a, b) for a, b in zip(z.split(1024), y.to(device).split(1024), strict=True)])
         finally:
             self.train(training)
+
+
+class ImageConv2d(nn.Conv2d):
+    r"""A 5 x 5 convolution with stride 2 and padding 2 that runs fast on images of few channels on a CPU.
+
+    There it is the 3 x 3 convolution of stride 1 on the image's 2 x 2 blocks as channels (the weight's sixth row and
+    column are 0): the same sums, but its backward passes, ordinary and double, take a fifth of the time, since the
+    CPU's library has no fast ones for fewer than 4 channels. On other devices it is the plain convolution.
+
+    Args:
+        in_channels: C. out_channels: O.
+
+    Example:
+        >>> ImageConv2d(1, 16)(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 16, 14, 14])
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 5, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, C, H, W] to [N, O, ceil(H / 2), ceil(W / 2)]."""
+        if x.device.type != "cpu" or self.in_channels > 3 or x.shape[2] % 2 or x.shape[3] % 2:
+            return super().forward(x)
+        o, c = self.weight.shape[:2]
+        blocks = F.pad(self.weight, (0, 1, 0, 1)).view(o, c, 3, 2, 3, 2).permute(0, 1, 3, 5, 2, 4)
+        return F.conv2d(F.pixel_unshuffle(x, 2), blocks.reshape(o, 4 * c, 3, 3), self.bias, 1, 1)
 
 
 class Discriminator(nn.Module):
@@ -135,7 +162,8 @@ class Discriminator(nn.Module):
         layers: list[nn.Module] = []
         for i in range(3):
             after, stride = width * 2**i, 2 if max(height, size) > 4 else 1
-            layers.append(nn.Conv2d(channels, after, 5, stride, 2))
+            plain = i > 0 or stride == 1
+            layers.append(nn.Conv2d(channels, after, 5, stride, 2) if plain else ImageConv2d(channels, after))
             if norm and i:
                 layers.append(nn.BatchNorm2d(after))
             layers.append(nn.LeakyReLU(0.2))
@@ -147,15 +175,15 @@ class Discriminator(nn.Module):
     def judge(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The critic's value [N] and the logits [N, classes]."""
         features = self.trunk(2 * x - 1)
-        return self.critic(features).squeeze(1), self.classes(features)
+        return self.critic(features).squeeze(1).to(x.dtype), self.classes(features).to(x.dtype)
 
     def value(self, x: Tensor) -> Tensor:
         """The critic's value [N]."""
-        return self.critic(self.trunk(2 * x - 1)).squeeze(1)
+        return self.critic(self.trunk(2 * x - 1)).squeeze(1).to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """The logits [N, classes]."""
-        return self.classes(self.trunk(2 * x - 1))
+        return self.classes(self.trunk(2 * x - 1)).to(x.dtype)
 
     def reset_parameters(self) -> None:
         """All weights anew, in place (DGM begins every task so)."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..ops._state import check_keys, check_module, check_number, check_optimizer
 from .gan import WGAN
+from .precision import check_precision, mixed
 from .vae import VAE, ConditionalVAE
 
 GENERATORS = ("vae", "cvae", "gan")
@@ -54,9 +55,10 @@ class Replay:
         generator: a :class:`VAE`, a :class:`ConditionalVAE` with a class for each output unit, or a :class:`WGAN`.
         lr: Adam's.
         critic_steps: of a WGAN's critic for one of its generator.
+        precision: of :meth:`learn`, as for :func:`mixed`.
 
     Raises:
-        ValueError: critic_steps below 1.
+        ValueError: critic_steps below 1, an unknown precision.
 
     Example:
         >>> replay = fastcl.nn.Replay(fastcl.nn.VAE((1, 28, 28))); replay.begin_task([0, 1])
@@ -65,10 +67,10 @@ class Replay:
         torch.Size([5, 1, 28, 28])
     """
 
-    def __init__(self, generator: VAE | WGAN, lr: float = 1e-3, critic_steps: int = 1) -> None:
+    def __init__(self, generator: VAE | WGAN, lr: float = 1e-3, critic_steps: int = 1, precision: str = "auto") -> None:
         if critic_steps < 1:
             raise ValueError(f"critic_steps is {critic_steps} but must be at least 1")
-        self.generator, self.critic_steps = generator, critic_steps
+        self.generator, self.critic_steps, self.precision = generator, critic_steps, check_precision(precision)
         betas = (0.5, 0.9) if isinstance(generator, WGAN) else (0.9, 0.999)
         self.optimizer = torch.optim.Adam(generator.parameters(), lr, betas)
         self.previous: VAE | WGAN | None = None  # as the last task left it
@@ -114,7 +116,9 @@ class Replay:
         parts = [(share, x, y), (1 - share, *old)] if old is not None else [(1.0, x, y)]
         for loss in self._losses():
             self.optimizer.zero_grad()
-            torch.stack([weight * loss(images, classes) for weight, images, classes in parts]).sum().backward()
+            with mixed(x.device, self.precision):
+                total = torch.stack([weight * loss(images, classes) for weight, images, classes in parts]).sum()
+            total.backward()
             self.optimizer.step()
 
     def _losses(self) -> list[Callable[[Tensor, Tensor], Tensor]]:

@@ -51,9 +51,9 @@ class VAE(nn.Module):
 
     def _elbo(self, x: Tensor, h: Tensor, told: Tensor) -> Tensor:
         """From the encoder's features h; `told` is what the decoder gets beside z."""
-        mean, log_var = self.mean(h), self.log_var(h)
+        mean, log_var = self.mean(h).to(x.dtype), self.log_var(h).to(x.dtype)
         z = mean + torch.randn_like(mean) * (0.5 * log_var).exp()
-        logits = self.decoder(torch.cat([z, told], 1))
+        logits = self.decoder(torch.cat([z, told], 1)).to(x.dtype)
         reconstruction = F.binary_cross_entropy_with_logits(logits, x.flatten(1), reduction="sum")
         divergence = -0.5 * (1 + log_var - mean.square() - log_var.exp()).sum()
         return (reconstruction + self.beta * divergence) / len(x)
@@ -163,17 +163,17 @@ class GaussianVAE(nn.Module):
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of q(z|x), [N, D] each."""
         h = self.encoder(x)
-        return self.mean(h), self.log_var(h).clamp(-10, 10)
+        return self.mean(h).to(x.dtype), self.log_var(h).to(x.dtype).clamp(-10, 10)
 
     def decode(self, z: Tensor) -> Tensor:
         """Images in [0, 1]."""
-        return self.decoder(z).sigmoid()
+        return self.decoder(z).to(z.dtype).sigmoid()
 
     def loss(self, x: Tensor, y: Tensor, beta: float = 1.0) -> Tensor:
         """Mean over the batch of reconstruction and KL in nats; y are the Gaussians' indices."""
         mean, log_var = self.encode(x)
         z = mean + torch.randn_like(mean) * (0.5 * log_var).exp()
-        reconstruction = F.binary_cross_entropy_with_logits(self.decoder(z), x, reduction="sum") / len(x)
+        reconstruction = F.binary_cross_entropy_with_logits(self.decoder(z).to(x.dtype), x, reduction="sum") / len(x)
         return reconstruction + beta * self.divergence(mean, log_var, y).mean()
 
     def divergence(self, mean: Tensor, log_var: Tensor, y: Tensor) -> Tensor:

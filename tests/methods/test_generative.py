@@ -70,6 +70,24 @@ def test_no_old_image_is_ever_read(name: str) -> None:
         assert set(meant.tolist()) <= set(range(6))
 
 
+@pytest.mark.parametrize("name", [name for name in REPLAYING if name != "latent-generative-memory"])
+def test_steps_in_bfloat16_learn_what_float32_learns(name: str) -> None:
+    """Parameters stay float32 and near those of float32's steps, but are not the same; images are made in float32."""
+    found = []
+    for precision in ("float32", "bfloat16"):
+        learner = run_tasks(METHODS[name].build(STREAM, **REPLAYING[name], precision=precision), STREAM, 1, 3)
+        images, _ = learner.generate(6)
+        assert images.dtype == torch.float32
+        found.append([p.detach().clone() for p in learner.generator.parameters()])
+    assert all(p.dtype == torch.float32 for p in found[1])
+    assert any(not torch.equal(a, b) for a, b in zip(*found, strict=True))
+    for a, b in zip(*found, strict=True):
+        if a.shape == b.shape:  # dgm grows by what its masks took
+            assert (a - b).abs().max() < 0.1
+    with pytest.raises(ValueError, match="precision is 'half'"):
+        METHODS[name].build(STREAM, **REPLAYING[name], precision="half")
+
+
 @pytest.mark.parametrize("name", ["dgm-w", "dgm-a"])
 def test_dgm_makes_an_old_task_s_images_again_to_the_bit(name: str) -> None:
     learner = METHODS[name].build(STREAM, **GAN)
@@ -267,6 +285,36 @@ def test_latent_memory_holds_the_embedder_and_hallucinates_known_classes() -> No
     run_tasks(ewc, STREAM, 1)
     assert all(name.startswith("0.") for name in ewc.regulariser.state_dict()["importances"])
     assert all(p.requires_grad for p in ewc.model.parameters())
+
+
+@pytest.mark.parametrize("setting", ["task", "class"])
+def test_the_finish_teaches_the_head_alone_what_is_hallucinated(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = streams.make(streams.load("digits"), "split", setting, 5)
+    learner = METHODS["latent-generative-memory"].build(stream, hidden=(32, 32), finish=0)
+    run_tasks(learner, stream, 2)
+    before = copy.deepcopy(learner)
+    torch.manual_seed(1)
+    middle = 3 * torch.rand(4, 32)  # a generator that has learned
+    monkeypatch.setattr(learner.generator, "sample", lambda y: middle[y] + torch.rand(len(y), 32))
+    y = torch.arange(4).repeat(50)
+    z = learner.generator.sample(y).detach() * learner.scale
+
+    def right() -> float:
+        names = learner.head(z)[:, :4]
+        if setting == "task":  # each among its own task's
+            names = names.view(-1, 2, 2)[torch.arange(len(y)), y // 2]
+            return (names.argmax(1) == y % 2).float().mean().item()
+        return (names.argmax(1) == y).float().mean().item()
+
+    first = right()
+    learner.finish = 200
+    learner._finish(32)
+    assert right() > max(first, 0.9)
+    for name, p in learner.embedder.state_dict().items():
+        assert torch.equal(p, before.embedder.state_dict()[name])
+    assert any(not torch.equal(a, b) for a, b in zip(learner.head.parameters(), before.head.parameters(), strict=True))
+    with pytest.raises(ValueError, match="finish -1"):
+        METHODS["latent-generative-memory"].build(stream, finish=-1)
 
 
 def test_prototypes_follow_the_drift() -> None:
