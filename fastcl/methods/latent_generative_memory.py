@@ -30,7 +30,8 @@ class LatentGenerativeMemory(Method):
     Args:
         model: Sequential(embedder, head); the embedder's features are not negative, the head has an output for every
             class of the stream.
-        hold: the embedder by ``ewc`` (Fisher of the labels' likelihood), ``mas`` (of its own features) or ``none``.
+        hold: the embedder by ``ewc`` (Fisher of the labels' likelihood), ``mas`` (of its own features, before their
+            ReLU) or ``none``.
         strength: lambda of that penalty.
         replay: how the generator keeps old classes: ``joint``, hallucinations count as real, or ``align``,
             :math:`\frac{\alpha}{2}\lVert G-G_{t-1}\rVert^2` with alpha = `alignment`.
@@ -61,12 +62,12 @@ class LatentGenerativeMemory(Method):
         model: nn.Sequential,
         *,
         hold: str = "mas",
-        strength: float = 10.0,
+        strength: float = 100.0,
         replay: str = "joint",
         alignment: float = 1.0,
         prototypes: bool = False,
         generator_lr: float = 2e-3,
-        penalty: float = 1.0,
+        penalty: float = 10.0,
         critic_steps: int = 1,
         latent: int = 64,
         width: int = 256,
@@ -93,7 +94,9 @@ class LatentGenerativeMemory(Method):
         self.hold, self.critic_steps, self.observed, self.finish = hold, critic_steps, 0, finish
         self.regulariser: importance.EWC | importance.MAS | None = None
         if hold == "mas":
-            self.regulariser = importance.MAS(self.embedder, strength)
+            # what comes before the last ReLU: a unit that is off on all old images would be free to turn on for them
+            ends_in_relu = isinstance(self.embedder, nn.Sequential) and isinstance(self.embedder[-1], nn.ReLU)
+            self.regulariser = importance.MAS(self.embedder[:-1] if ends_in_relu else self.embedder, strength)
         elif hold == "ewc":
             with frozen(self.head):  # only the embedder's parameters are its own
                 self.regulariser = importance.EWC(model, strength)

@@ -281,6 +281,11 @@ def test_latent_memory_holds_the_embedder_and_hallucinates_known_classes() -> No
         assert features.shape == (50, 32)
         assert (features >= 0).all()
     assert drift["mas"] < 0.3 * drift["none"]
+    held = METHODS["latent-generative-memory"].build(STREAM, hidden=(32, 32))
+    with torch.no_grad():
+        held.embedder[0][-1].bias[3] = -100.0  # a unit that is off for all images would be free to turn on for them
+    run_tasks(held, STREAM, 1, 1)
+    assert (held.regulariser.state_dict()["importances"]["0.1.bias"] > 0).all()
     ewc = METHODS["latent-generative-memory"].build(STREAM, hidden=(32, 32), hold="ewc")
     run_tasks(ewc, STREAM, 1)
     assert all(name.startswith("0.") for name in ewc.regulariser.state_dict()["importances"])
