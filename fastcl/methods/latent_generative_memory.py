@@ -39,8 +39,9 @@ class LatentGenerativeMemory(Method):
             near it (Yu et al. 2020).
         generator_lr: Adam's, of generator and critic. penalty: of the critic's gradient.
         critic_steps: for one step of the generator.
-        finish: steps at a task's end in which the head learns on hallucinations of every class, old and new (ours:
-            beside real new features it tells hallucinated from real, and takes real old ones for new).
+        finish: steps at a task's end, in the setting ``class``, in which the head learns on hallucinations of every
+            class, old and new (ours: beside real new features it tells hallucinated from real, and takes real old ones
+            for new).
 
     Raises:
         ValueError: an unknown `hold` or `replay`; numbers out of range.
@@ -197,7 +198,8 @@ class LatentGenerativeMemory(Method):
 
     def end_task(self, batches: Batches) -> None:
         batches = list(batches)
-        self._finish(len(batches[0][1]))
+        if self.setting == "class":
+            self._finish(len(batches[0][1]))
         if self.hold == "ewc":
             with frozen(self.head):
                 self.regulariser.consolidate(batches, classes=self.classes)
@@ -216,9 +218,7 @@ class LatentGenerativeMemory(Method):
             with torch.no_grad():
                 z = self.generator.sample(y) * self.scale
             optimizer.zero_grad()
-            logits = self.head(z)
-            own = self.setting == "task"
-            (entropy_within_tasks(logits, y, self.tasks) if own else class_loss(logits, y, self.seen)).backward()
+            class_loss(self.head(z), y, self.seen).backward()
             optimizer.step()
             schedule.step()
 
