@@ -253,6 +253,8 @@ def run(job: tuple[str, dict[str, Any], str]) -> dict[str, Any]:
     line = {"key": key, **{name: result[name] for name in kept}, "seconds": time.process_time()}
     if hasattr(learner.learner, "parameters_used"):
         line["parameters"] = learner.learner.parameters_used()
+    if hasattr(learner.learner, "sizes"):
+        line["sizes"] = learner.learner.sizes
     for picture in ("plot_growth", "plot_generated", "plot_occupancy"):
         drawn = arguments["seed"] == 0 and arguments["method"] != "hat" and arguments["options"].get("hidden") in FULL
         if hasattr(learner.learner, picture) and drawn:
@@ -340,6 +342,8 @@ def main() -> None:
     method_table.PAGE.write_text(method_table.filled(method_table.PAGE.read_text()))
     if arguments.table == "exactness":
         figures.over_lambda(experiments, read(arguments.table), RESULTS / "exactness.png")
+    if arguments.table == "generative":
+        figures.over_tasks(experiments, read(arguments.table), RESULTS / "dgm-growth.png")
     if arguments.table == "growth":
         figures.over_capacity(experiments, read(arguments.table), RESULTS / "den-variation-capacity.png")
 

@@ -1,4 +1,4 @@
-"""The figures of experiments.py: accuracy over lambda and over parameters."""
+"""The figures of experiments.py: accuracy over lambda and over parameters, a generator's size over tasks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from fastcl.nn import plot_size
 
 
 def over_lambda(experiments: Sequence[Any], done: dict[str, dict[str, Any]], path: Path) -> None:
@@ -59,3 +61,14 @@ def over_capacity(experiments: Sequence[Any], done: dict[str, dict[str, Any]], p
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
     figure.savefig(path, dpi=130)
+
+
+def over_tasks(experiments: Sequence[Any], done: dict[str, dict[str, Any]], path: Path) -> None:
+    """DGM's figure 2: the generator's channels after each task, as a share of its first, beside the worst case."""
+    sizes = {}
+    for e in experiments:
+        runs = [done[e.key(n)]["sizes"] for n in range(e.seeds) if "sizes" in done.get(e.key(n), {})]
+        if runs:  # of every run as many; the two generators begin with 42 and 140 channels
+            sizes[e.label] = [statistics.mean(s[t] / s[0] for s in runs) for t in range(len(runs[0]))]
+    if sizes:
+        plot_size(sizes, path, "channels of the generator, first size = 1")

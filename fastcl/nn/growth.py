@@ -41,12 +41,15 @@ def plot_growth(units: Mapping[str, Sequence[Sequence[int]]], path: str | Path) 
     plt.close(figure)
 
 
-def plot_size(sizes: Mapping[str, Sequence[int]], path: str | Path) -> None:
+def plot_size(
+    sizes: Mapping[str, Sequence[float]], path: str | Path, ylabel: str = "channels of the generator"
+) -> None:
     """A network's units after each task (DGM's figure 2), and the worst case beside: its first size for every task.
 
     Args:
         sizes: layer name to its units after each task.
         path: png, pdf or svg.
+        ylabel: what is counted.
 
     Example:
         >>> plot_size({"conv1": [8, 10, 11]}, folder / "a.png")
@@ -59,12 +62,16 @@ def plot_size(sizes: Mapping[str, Sequence[int]], path: str | Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(5.2, 3.8), layout="constrained")
-    for name, values in sizes.items():
+    alike = len({values[0] for values in sizes.values()}) == 1  # then one worst case is everybody's
+    for i, (name, values) in enumerate(sizes.items()):
         tasks = range(len(values))
         (line,) = axis.plot(tasks, values, marker="o", markersize=4, label=name)
-        worst = [values[0] * (t + 1) for t in tasks]
-        axis.plot(tasks, worst, "--", color=line.get_color(), alpha=0.5, label=f"{name}, worst case")
-    axis.set(xlabel="tasks learned", ylabel="channels of the generator", ylim=(0, None))
+        if not alike or i == len(sizes) - 1:
+            worst = [values[0] * (t + 1) for t in tasks]
+            colour, label = ("0.4", "worst case") if alike else (line.get_color(), f"{name}, worst case")
+            axis.plot(tasks, worst, "--", color=colour, alpha=0.5, label=label)
+    axis.set(xlabel="tasks learned", ylabel=ylabel, ylim=(0, None))
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend(frameon=False, fontsize="small")
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
