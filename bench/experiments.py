@@ -205,7 +205,7 @@ def mnist() -> Iterator[Experiment]:
             yield Experiment(label, method, setting, "split", {**chosen, **options}, few, seeds=3)
 
 
-CLN = {"replay": 2000, "sample": 2000, "iterations": 4, "vae_epochs": 4}
+CLN = {"replay": 1000, "sample": 1000, "iterations": 4, "vae_epochs": 4, "beta": 0.3}
 
 TABLES: dict[str, Callable[[], Iterator[Experiment]]] = {
     "importances": importances,

@@ -29,6 +29,22 @@ def test_simplenet_is_thirteen_convolutions_that_can_grow() -> None:
         SimpleNet((1, 8, 8), 2, [3, 3])
 
 
+@pytest.mark.parametrize("pools", [None, 1, 2, 3])
+@pytest.mark.parametrize("side", [8, 28])
+def test_the_trunk_ends_with_so_many_poolings(pools: int | None, side: int) -> None:
+    net = SimpleNet((1, side, side), 3, list(range(2, 15)))
+    trunk, x = net.trunk(pools).eval(), torch.rand(2, 1, side, side)
+    net.eval()
+    assert trunk(x).shape == (2, net.features(pools))
+    if pools is None:
+        torch.testing.assert_close(net.head(trunk(x)), net(x))
+    else:
+        assert sum(isinstance(m, nn.MaxPool2d) for m in trunk) == pools
+        assert all(m is net.get_submodule(name) for name, m in trunk.named_children())
+    with pytest.raises(ValueError, match="pools is 4 but must be from 1 to 3"):
+        net.trunk(4)
+
+
 def test_only_the_encoder_has_batchnorm() -> None:
     vae = GaussianVAE(small().trunk(), small().head.in_features, 5, 2, (1, 8, 8))
     assert any(isinstance(m, nn.BatchNorm2d) for m in vae.encoder.modules())

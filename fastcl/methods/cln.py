@@ -43,6 +43,8 @@ class CLN(Generative):
         show: new images to the classifier from the second task on: ``reconstructed``, or ``real``, the seed's.
         beta: weight of the KL; 1 loses the variety within a class (8 x 8 digits). vae_lr: Adam's, of the VAE. nflae_steps: of each layer's autoencoder.
         vae_from: ``classifier``, the seed's: the encoder starts from the classifier's trunk; or ``previous``.
+        encoder_pools: poolings of the trunk that the encoder has; None: the whole trunk, which leaves little of an image
+            to reconstruct it from.
         lr: Adam's, of the classifier. precision: of the VAE's steps, as for :func:`fastcl.nn.mixed`.
 
     Raises:
@@ -80,6 +82,7 @@ class CLN(Generative):
         vae_lr: float = 1e-3,
         nflae_steps: int = 60,
         vae_from: str = "classifier",
+        encoder_pools: int | None = 2,
         **options: Any,
     ) -> None:
         if grow not in ("fixed", "outliers") or vae_from not in ("classifier", "previous"):
@@ -103,7 +106,8 @@ class CLN(Generative):
         )
         self.replay, self.sample, self.iterations, self.vae_epochs = replay, sample, iterations, vae_epochs
         self.show, self.beta, self.vae_lr, self.nflae_steps = show, beta, vae_lr, nflae_steps
-        self.vae_from, self.vae_steps = vae_from, vae_steps
+        self.vae_from, self.vae_steps, self.encoder_pools = vae_from, vae_steps, encoder_pools
+        model.trunk(encoder_pools)  # raises what is wrong with it
         self.vae: GaussianVAE | None = None
         self.old: tuple[Tensor, Tensor] | None = None  # synthesised: images as bytes, classes
         self.shown: list[Tensor] = []  # a few synthesised images of every class, after each task
@@ -270,7 +274,7 @@ class CLN(Generative):
 
     def _train_vae(self, x: Tensor, y: Tensor) -> None:
         n_classes = sum(len(task) for task in self.tasks)
-        trunk, features = self.model.trunk(), self.model.head.in_features
+        trunk, features = self.model.trunk(self.encoder_pools), self.model.features(self.encoder_pools)
         if self.vae is None:
             self.vae = GaussianVAE(trunk, features, self.latent, n_classes, self.input_shape).to(self._device)
         else:
@@ -342,9 +346,10 @@ class CLN(Generative):
         self.optimizer = torch.optim.Adam(self.model.parameters(), self.lr)
         self.vae = None
         if extra["vae"] is not None:
-            encoder = SimpleNet(self.input_shape, 1, extra["vae_widths"])
+            widths = extra["vae_widths"]
+            net, pools = SimpleNet(self.input_shape, 1, [*widths, *[1] * (13 - len(widths))]), self.encoder_pools
             self.vae = GaussianVAE(
-                encoder.trunk(), encoder.head.in_features, extra["latent"], extra["classes"], self.input_shape
+                net.trunk(pools), net.features(pools), extra["latent"], extra["classes"], self.input_shape
             ).to(self._device)
             self.vae.load_state_dict(extra["vae"])
         self.old = None if extra["old"] is None else tuple(t.to(self._device) for t in extra["old"])

@@ -50,10 +50,28 @@ class SimpleNet(nn.Sequential):
         layers["flatten"] = nn.Flatten()
         layers["head"] = nn.Linear(before * height * size, n_outputs)
         super().__init__(layers)
+        self.image_size = tuple(input_shape[1:])
 
-    def trunk(self) -> nn.Sequential:
-        """All but the head: the same modules."""
-        return nn.Sequential(OrderedDict(list(self.named_children())[:-1]))
+    def trunk(self, pools: int | None = None) -> nn.Sequential:
+        """All but the head, or what ends with so many poolings, flattened: the same modules.
+
+        Raises:
+            ValueError: pools that are not from 1 to 3.
+        """
+        if pools is not None and not 1 <= pools <= len(GROUPS):
+            raise ValueError(f"pools is {pools} but must be from 1 to {len(GROUPS)}, or None")
+        children = list(self.named_children())[:-1]
+        if pools is None:
+            return nn.Sequential(OrderedDict(children))
+        end = [name for name, _ in children].index(f"pool{pools}") + 1
+        return nn.Sequential(OrderedDict([*children[:end], children[-1]]))
+
+    def features(self, pools: int | None = None) -> int:
+        """Width of what :meth:`trunk` gives."""
+        if pools is None:
+            return self.head.in_features
+        height, width = (side // 2**pools for side in self.image_size)
+        return self.get_submodule(f"conv{sum(GROUPS[:pools])}").out_channels * height * width
 
     def convolutions(self) -> list[str]:
         """Names of the 13, which grow."""

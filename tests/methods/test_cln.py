@@ -31,13 +31,20 @@ def trained(stream: streams.Stream, tasks: int, epochs: int = 1, **options: Any)
     return cln
 
 
-def test_everything_grows_by_the_paper_s_steps() -> None:
-    cln = trained(STREAM, 3)
+@pytest.mark.parametrize(("pools", "last"), [(2, "conv5"), (None, "conv13")])
+def test_everything_grows_by_the_paper_s_steps(pools: int | None, last: str) -> None:
+    cln = trained(STREAM, 3, encoder_pools=pools)
     assert [r["widths"][0] for r in cln.reports] == [4, 7, 10]
     assert [r["latent"] for r in cln.reports] == [4, 10, 16]
     assert cln.model.head.out_features == 6
     assert cln.vae.classes.n_components == 6
-    assert cln.vae.encoder.conv13.out_channels == cln.model.conv13.out_channels
+    assert cln.vae.encoder.get_submodule(last).out_channels == cln.model.get_submodule(last).out_channels == 10
+    assert sum(isinstance(m, torch.nn.Conv2d) for m in cln.vae.encoder) == int(last[4:])
+    again = CLN.build(STREAM, **QUICK, encoder_pools=pools)
+    again.load_state_dict(cln.state_dict())
+    x = torch.rand(3, 1, 8, 8)
+    again.vae.eval(), cln.vae.eval()
+    assert all(torch.equal(a, b) for a, b in zip(again.vae.encode(x), cln.vae.encode(x), strict=True))
     assert set(cln.reports[2]["synthesised"]) == {"0", "1", "2", "3"}
     assert cln.old is None  # replay ends with its task
 
