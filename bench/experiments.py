@@ -20,6 +20,8 @@ from typing import Any
 
 import figures
 
+from fastcl.methods import METHODS
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 SEEDS = range(5)
@@ -194,14 +196,20 @@ def mnist() -> Iterator[Experiment]:
             ("online generative memory, lookahead", "online-generative-memory", {"mode": "lookahead"}),
             ("online generative memory, distill", "online-generative-memory", {"mode": "distill"}),
             ("online generative memory, project", "online-generative-memory", {"mode": "project"}),
+            ("MeRGAN, joint retraining", "mergan-joint", {}),
+            ("MeRGAN, replay alignment", "mergan-align", {}),
+            ("DGMw", "dgm-w", {}),
+            ("DGMa", "dgm-a", {}),
+            ("CLN", "cln", CLN),
             ("joint", "joint", {}),
         ):
-            if (setting, method) == ("class", "den"):
-                continue  # DEN answers with a task's own head
+            if setting not in METHODS[method].settings:
+                continue
             strength = STRENGTHS["split", setting].get(method)
             chosen = {} if strength is None else {"strength": strength}
             # with its usual 16 epochs DGR takes ten minutes; in a task's own classes, or from noise, 4 show as much
             few = {"epochs": 4} if method == "dgr" and (setting == "task" or "replay" in options) else {}
+            few = {"epochs": 1} if method == "cln" else few  # as in `neurogenesis`
             yield Experiment(label, method, setting, "split", {**chosen, **options}, few, seeds=3)
 
 
