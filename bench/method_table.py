@@ -43,7 +43,9 @@ def measured(method: str, setting: str, table: str, column: str) -> list[list[fl
     labels: dict[str, list[float]] = {}
     for key, line in runs(table):
         chosen = key["method"] == method and key["setting"] == setting and key["scenario"] == "split"
-        if chosen and not NOT_THE_METHOD & set(key["options"]) and line.get(column) is not None:
+        usual = parameters(METHODS[key["method"]]) if chosen else {}
+        varied = {k for k, v in key["options"].items() if k in NOT_THE_METHOD and (k not in usual or v != usual[k])}
+        if chosen and not varied and line.get(column) is not None:
             labels.setdefault(key["label"], []).append(100 * line[column])
     return list(labels.values())
 
@@ -59,15 +61,20 @@ def cell(method: str, setting: str, tables: tuple[str, ...], column: str) -> str
     return shown(best[1][0], best[0]) if best[1] else ""
 
 
-def options(method: type) -> str:
-    """The method's own keyword arguments and their defaults, `fastcl run --option`'s."""
-    found: dict[str, inspect.Parameter] = {}
+def parameters(method: type) -> dict[str, Any]:
+    """The method's own keyword arguments and their defaults."""
+    found: dict[str, Any] = {}
     for cls in reversed(method.__mro__):
         for name in ("__init__", "build"):
             if name in vars(cls):
-                parameters = inspect.signature(getattr(cls, name)).parameters
-                found.update({k: p for k, p in parameters.items() if p.kind is p.KEYWORD_ONLY and k not in HIDDEN})
-    return ", ".join(f"{k}={p.default!r}".replace("'", "") for k, p in found.items())
+                of = inspect.signature(getattr(cls, name)).parameters
+                found |= {k: p.default for k, p in of.items() if p.kind is p.KEYWORD_ONLY and k not in HIDDEN}
+    return found
+
+
+def options(method: type) -> str:
+    """As `fastcl run --option` takes them."""
+    return ", ".join(f"{k}={default!r}".replace("'", "") for k, default in parameters(method).items())
 
 
 def table() -> str:
