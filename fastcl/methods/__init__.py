@@ -1,5 +1,6 @@
 """Learners, one file per published method."""
 
+from .by_task import ByTask
 from .cln import CLN
 from .den import DEN
 from .dgm import DGMa, DGMw
@@ -14,7 +15,7 @@ from .latent_space_alignment import LatentSpaceAlignment
 from .lwf import LwF
 from .mas import MAS
 from .mergan import MeRGANAlign, MeRGANJoint
-from .method import ByTask, Generative, Method, Regularised, entropy_within_tasks
+from .method import Generative, Method, Regularised, entropy_within_tasks
 from .online_generative_memory import OnlineGenerativeMemory
 from .rwalk import RWalk
 from .si import SI

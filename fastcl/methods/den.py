@@ -17,7 +17,8 @@ from ..nn import grow, plot_growth, reindex, shrink, trace
 from ..nn.selection import entries_between, reached_units
 from ..ops._state import check_corners
 from ..optim import MaskedAdam, proximal
-from .method import Batches, ByTask
+from .by_task import ByTask
+from .method import Batches
 
 if TYPE_CHECKING:
     from ..streams import Task

@@ -26,7 +26,8 @@ from ..nn import (
     use_task,
 )
 from ..optim import MaskedAdam, MaskedSGD, protect
-from .method import Batches, ByTask, Method
+from .by_task import ByTask
+from .method import Batches, Method
 
 if TYPE_CHECKING:
     from ..streams import Stream, Task

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import Bridge, compose
-from .method import Batches, ByTask
+from .by_task import ByTask
+from .method import Batches
 
 if TYPE_CHECKING:
     from ..streams import Task
