@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..nn import GaussianVAE, SimpleNet, grow, learn_features, plot_growth, plot_images
+from ..nn.simplenet import KERNELS
 from .method import Batches, Generative, Method
 
 if TYPE_CHECKING:
@@ -347,10 +348,11 @@ class CLN(Generative):
         self.vae = None
         if extra["vae"] is not None:
             widths = extra["vae_widths"]
-            net, pools = SimpleNet(self.input_shape, 1, [*widths, *[1] * (13 - len(widths))]), self.encoder_pools
-            self.vae = GaussianVAE(
-                net.trunk(pools), net.features(pools), extra["latent"], extra["classes"], self.input_shape
-            ).to(self._device)
+            net = SimpleNet(self.input_shape, 1, [*widths, *[1] * (len(KERNELS) - len(widths))])
+            trunk, features = net.trunk(self.encoder_pools), net.features(self.encoder_pools)
+            self.vae = GaussianVAE(trunk, features, extra["latent"], extra["classes"], self.input_shape).to(
+                self._device
+            )
             self.vae.load_state_dict(extra["vae"])
         self.old = None if extra["old"] is None else tuple(t.to(self._device) for t in extra["old"])
         self.shown, self.reports = list(extra["shown"]), list(extra["reports"])
