@@ -10,7 +10,7 @@ demo: $(VENV)/.built  ## train a continual-learning stream on real data (about t
 	$(RUN)/python -m fastcl demo --out out
 
 test: $(VENV)/.built  ## build and run the tests
-	$(RUN)/python -m pytest -q
+	$(RUN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 bench: $(VENV)/.built  ## every op against eager torch, torch.compile and the limit of this machine
 	$(RUN)/python -m pytest bench -q -s --benchmark-json out/bench.json

@@ -28,6 +28,20 @@ def mnist_root() -> Path | None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[OPCHECKS] = Counter()
+    if hasattr(config, "workerinput"):  # of pytest-xdist: the workers share the processors, with those they start
+        threads = max(1, (os.cpu_count() or 1) // config.workerinput["workercount"])
+        torch.set_num_threads(threads)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["opchecks"] = dict(session.config.stash[OPCHECKS])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    node.config.stash[OPCHECKS].update(getattr(node, "workeroutput", {}).get("opchecks", {}))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -23,22 +23,26 @@ from .test_catalogue import ROUNDING, args_of, mutated, op, reference
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-def run(script: str, **environment: str) -> None:
+def run(script: str, *chosen: str, **environment: str) -> None:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/triton/{script}.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/triton/{script}.py", *chosen]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     print(done.stdout.splitlines()[-1])
 
 
+# in parts, which pytest-xdist spreads over its workers
 @needs_triton
-def test_in_the_interpreter() -> None:
-    run("interpreted", TRITON_INTERPRET="1")
+@pytest.mark.parametrize("chosen", [*(f"equals and {dtype}" for dtype in FLOATS), "not equals"])
+def test_in_the_interpreter(chosen: str) -> None:
+    run("interpreted", "-k", chosen, TRITON_INTERPRET="1")
 
 
 @needs_triton
-def test_compiled_for_gpus() -> None:
-    run("compiled")
+@pytest.mark.parametrize("chosen", ["sm_80", "sm_90", "gfx942", "spill"])
+def test_compiled_for_gpus(chosen: str) -> None:
+    """For sm_100 too by `make triton-versions`."""
+    run("compiled", "-k", chosen)
 
 
 def test_without_triton_a_gpu_s_tensor_says_what_to_install() -> None:

@@ -130,22 +130,19 @@ def cell(by_argument: dict[str, set[str]]) -> str:
     return "; ".join(f"{outcome}: {', '.join(a or 'all' for a in names)}" for outcome, names in sorted(groups.items()))
 
 
-def collect() -> tuple[dict[str, Found], dict[str, dict[str, dict[str, str]]]]:
-    """By op: the cases of one op (diagonal, 1-d, ...) share its row."""
-    cells: dict[str, Found] = {name: defaultdict(lambda: defaultdict(set)) for name in _ops.catalogue}
-    policies: dict[str, dict[str, dict[str, str]]] = {name: {} for name in _ops.catalogue}
+def collect(name: str) -> tuple[Found, dict[str, dict[str, str]]]:
+    """Of one op: its cases (diagonal, 1-d, ...) share a row."""
+    cells: Found = defaultdict(lambda: defaultdict(set))
+    policies: dict[str, dict[str, str]] = {}
     for case in OPS:
-        merge(cells, policies, case, *verdicts(case))
+        if op_name(case) == name:
+            found, policy = verdicts(case)
+            for group, by_argument in found.items():
+                cells[group]
+                for argument, outcomes in by_argument.items():
+                    cells[group][argument] |= outcomes
+            merge_policy(policies, policy)
     return cells, policies
-
-
-def merge(cells: Any, policies: Any, case: str, found: Found, policy: dict[str, dict[str, str]]) -> None:
-    name = op_name(case)
-    for group, by_argument in found.items():
-        cells[name][group]
-        for argument, outcomes in by_argument.items():
-            cells[name][group][argument] |= outcomes
-    merge_policy(policies[name], policy)
 
 
 def merge_policy(into: dict[str, dict[str, str]], policy: dict[str, dict[str, str]]) -> None:
@@ -155,17 +152,26 @@ def merge_policy(into: dict[str, dict[str, str]], policy: dict[str, dict[str, st
             mine[value] = said if mine.get(value, said) == said else "by tensor"
 
 
-def page(cells: dict[str, Found], policies: dict[str, dict[str, dict[str, str]]]) -> str:
+def row(name: str, found: Found) -> str:
+    return f"| `{name}` | " + " | ".join(cell(found[group]) for group in GROUPS) + " |"
+
+
+def policy_rows(name: str, by_argument: dict[str, dict[str, str]]) -> list[str]:
+    rows = []
+    for argument, values in by_argument.items():
+        said = " | ".join(values.get(v, "n/a") for v in ("nan", "inf", "-inf"))
+        rows.append(f"| `{name}` | {argument} | {said} |")
+    return rows
+
+
+def page(ops: dict[str, tuple[Found, dict[str, dict[str, str]]]]) -> str:
     lines = [INTRODUCTION, "| group | classes |", "|---|---|"]
     lines += [f"| {group} | {GROUP_NOTES[group]} |" for group in GROUPS]
     lines += ["", "| op | " + " | ".join(GROUPS) + " |", "|---" * (len(GROUPS) + 1) + "|"]
-    for name, found in cells.items():
-        lines.append(f"| `{name}` | " + " | ".join(cell(found[group]) for group in GROUPS) + " |")
+    lines += [row(name, found) for name, (found, _) in ops.items()]
     lines += [POLICY, "| op | argument | NaN | inf | -inf |", "|---|---|---|---|---|"]
-    for name, by_argument in policies.items():
-        for argument, values in by_argument.items():
-            said = " | ".join(values.get(v, "n/a") for v in ("nan", "inf", "-inf"))
-            lines.append(f"| `{name}` | {argument} | {said} |")
+    for name, (_, policy) in ops.items():
+        lines += policy_rows(name, policy)
     lines += ["", "`by tensor`: not the same for all tensors of the list (what is reserved there takes no NaN).", ""]
     return "\n".join(lines)
 
@@ -173,7 +179,7 @@ def page(cells: dict[str, Found], policies: dict[str, dict[str, dict[str, str]]]
 def main() -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        text = page(*collect())
+        text = page({name: collect(name) for name in _ops.catalogue})
     if "--check" in sys.argv:
         return 0 if Path(TARGET).read_text() == text else 1
     TARGET.write_text(text)

@@ -101,15 +101,15 @@ def test_outliers_add_more_filters_than_the_fixed_number() -> None:
 
 def test_learns_more_than_the_last_task() -> None:
     options = {
-        "width": 8,
+        "width": 6,
         "latent": 8,
-        "iterations": 4,
-        "vae_steps": 250,
-        "replay": 300,
-        "nflae_steps": 30,
-        "finish": 100,
+        "iterations": 2,
+        "vae_steps": 100,
+        "replay": 100,
+        "nflae_steps": 10,
+        "finish": 60,
     }
-    cln = trained(STREAM, 2, 10, **options)
+    cln = trained(STREAM, 2, 6, **options)
     accuracy = [(cln.predict(x) == y).float().mean().item() for x, y in (task.test() for task in STREAM.tasks[:2])]
     assert min(accuracy) > 0.5  # fine-tuning: 0 and 1
     assert sum(accuracy) / 2 > 0.75

@@ -39,6 +39,7 @@ SHAPED = [
     *(((n,), "contiguous") for n in (0, 1, 511, 512, 513, 4096, 4105)),
     ((), "contiguous"),
 ]
+FEW = [((5, 13), "permuted"), ((513,), "contiguous"), ((4105,), "contiguous")]  # blocks do not depend on the dtype
 OTHERS = [
     *(((5, 13), layout) for layout in LAYOUTS),
     ((1, 1), "contiguous"),
@@ -56,7 +57,8 @@ def allowed(a: torch.Tensor, dtype: torch.dtype) -> dict[str, float]:
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_float64_reference(case: str, dtype: torch.dtype) -> None:
-    for shape, layout in SHAPED if OPS[case].shaped else OTHERS:
+    shaped = SHAPED if dtype == torch.float32 else FEW
+    for shape, layout in shaped if OPS[case].shaped else OTHERS:
         args = args_of(case, shape, dtype, layout)
         exact = in_float64(args)
         want = tensors(reference(case)(*exact)) + mutated(case, exact)
