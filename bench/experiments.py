@@ -346,6 +346,7 @@ def table(name: str, experiments: list[Experiment], done: dict[str, dict[str, An
         after = AFTER.get(name, ())
         more = [*(f"after {t}" for t in after), *(["of generated"] if after else [])]
         more += ["kept, kB"] if name == "mnist" else []
+        more += ["seconds a task"] if name in ("neurogenesis", "growth") else []
         head = ["method", "options", *more, "accuracy", "forgetting", "parameters", "seconds", "seeds"]
         text += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for e in rows:
@@ -363,6 +364,8 @@ def table(name: str, experiments: list[Experiment], done: dict[str, dict[str, An
                 cells.append(spread(made) if made else "")
             if name == "mnist":
                 cells.append(f"{statistics.mean(x['memory'] for x in lines) / 1000:,.0f}")
+            if name in ("neurogenesis", "growth"):
+                cells.append(f"{statistics.mean(x['seconds'] / len(x['accuracy'][-1]) for x in lines):.0f}")
             cells += [spread(accuracy), spread(forgetting), f"{parameters:,.0f}", f"{seconds:.0f}", str(len(lines))]
             text.append(f"| {' | '.join(cells)} |")
     return "\n".join(text) + "\n"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..nn import GaussianVAE, SimpleNet, grow, learn_features, plot_growth, plot_images
+from ..nn import GaussianVAE, SimpleNet, grow, jitter, learn_features, plot_growth, plot_images
 from ..nn.simplenet import KERNELS
 from .method import Batches, Generative, Method
 
@@ -32,7 +32,7 @@ class CLN(Generative):
 
     A classifier that sees real new images beside synthesised old ones learns to tell real from synthesised, and takes
     real old ones for new. So by default (`show`) we take steps 5 and 6 before step 4, and show the classifier the new
-    images as the VAE reconstructs them.
+    images as the VAE reconstructs them, all moved a little (:func:`fastcl.nn.jitter`).
 
     Args:
         model: a :class:`fastcl.nn.SimpleNet`; it grows.
@@ -217,6 +217,7 @@ class CLN(Generative):
             n = max(1, len(x) * (len(self.classes) - classes) // classes)
             picked = torch.randint(len(self.old[1]), (n,)).to(self._device)
             x, y = torch.cat([x, _floats(self.old[0][picked])]), torch.cat([y, self.old[1][picked]])
+            x = jitter(x)
         known = torch.tensor(self.classes, device=y.device)
         return F.cross_entropy(self.model(x)[:, known], torch.searchsorted(known, y))
 

@@ -1,5 +1,6 @@
 """Networks and layers: whatever holds parameters."""
 
+from .augment import jitter
 from .bridge import Bridge, compose
 from .convert import capacity, plot_capacity, reserved_masks, to_masked, to_plain
 from .distill import distillation
@@ -83,6 +84,7 @@ __all__ = [
     "grow",
     "hat_scale",
     "herd",
+    "jitter",
     "layer_inputs",
     "learn_features",
     "make_generator",
