@@ -77,7 +77,7 @@ class DGM(Generative):
         penalty: float = 1.0,
         betas: tuple[float, float] = (0.5, 0.999),
         clamp: float = 6.0,
-        finish: int = 10,
+        finish: int = 20,
         **options: Any,
     ) -> None:
         for name, value in (("strength", strength), ("penalty", penalty)):

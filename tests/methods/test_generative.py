@@ -136,6 +136,29 @@ def test_dgm_s_classifier_sees_every_class_alike_often(monkeypatch: pytest.Monke
     assert (seen[0] < 4).sum() == 32
 
 
+def test_dgm_s_finish_shows_every_class_alike_often_and_half_of_its_own_real(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = run_tasks(METHODS["dgm-w"].build(STREAM, **GAN, finish=0), STREAM, 1)
+    learner.begin_task(STREAM.tasks[1])
+    x, y = STREAM.tasks[1].train()
+    learner.observe(x[:64], y[:64])
+    learner.finish = 20
+    seen: list[tuple[Tensor, Tensor]] = []
+    images: list[Tensor] = []
+    monkeypatch.setattr("fastcl.methods.dgm.jitter", lambda x: images.append(x) or x)
+    monkeypatch.setattr(
+        "fastcl.methods.dgm.class_loss",
+        lambda logits, y, classes: seen.append((images[-1], y)) or logits.sum() * 0,
+    )
+    learner.end_task([(x, y)])
+    shown, told = (torch.cat(part) for part in zip(*seen, strict=True))
+    real = (shown.flatten(1).unsqueeze(1) == x.flatten(1)).all(2).any(1)
+    share = told.bincount() / len(told)
+    assert len(share) == 4
+    assert (share - 0.25).abs().max() < 0.03
+    assert not real[told < 2].any()
+    assert real[told >= 2].float().mean() == pytest.approx(0.5, abs=0.05)
+
+
 def test_mergan_aligns_by_the_paper_s_term(monkeypatch: pytest.MonkeyPatch) -> None:
     """The generator's gradient with alignment less the one without is that of lambda/2 ||2 G - 2 G_prev||^2."""
     found = []
