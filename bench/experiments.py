@@ -333,6 +333,8 @@ def table(name: str, experiments: list[Experiment], done: dict[str, dict[str, An
     ]
     text += ["Average accuracy over all tasks after the last one, forgetting as in Chaudhry et al. 2018.", described]
     text.append("Seconds are of one thread, tests included; until 2026-11-21 of the wall, then of the processor.")
+    if name == "growth":
+        text.append("(Those of separate networks were of the wall until 2026-11-22.)")
     if name in AFTER:
         text.append("After t: accuracy on real test images of the classes seen so far; of generated: how often a")
         text.append(

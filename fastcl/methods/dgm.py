@@ -223,12 +223,13 @@ class DGM(Generative):
         steps = self.finish * -(-len(x) // size)
         self.replay_seed = int(torch.randint(2**31, ()))
         images, labels = self._remember(-(-len(y) // len(self.tasks[-1])))
+        own, share = y.unique(), 0.5 if self.past else 1.0
         optimizer = MaskedAdam(self.model.parameters(), self.lr)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
         for _ in range(steps):
             picked = torch.randint(len(labels), (size,)).to(y.device)
             seen, told = images[picked].to(x.dtype) / 255, labels[picked]
-            real = torch.isin(told, y.unique()) & (torch.rand(size).to(y.device) < (0.5 if self.past else 1.0))
+            real = torch.isin(told, own) & (torch.rand(size).to(y.device) < share)
             chosen = torch.randint(len(y), (int(real.sum()),)).to(y.device)
             seen[real], told[real] = x[chosen], y[chosen]
             optimizer.zero_grad()

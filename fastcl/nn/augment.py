@@ -12,8 +12,8 @@ from torch.nn import functional as F
 def jitter(x: Tensor, degrees: float = 10.0, shift: float = 0.07, scale: float = 0.1) -> Tensor:
     r"""Images turned, shifted and scaled at random, each on its own; what comes in from outside is 0.
 
-    A classifier that learns from generated images learns their faults too; it learns less of them when they are moved,
-    and tells real images better (:class:`fastcl.methods.DGM`, :class:`fastcl.methods.CLN`).
+    For a classifier that learns from generated images and is not to learn their faults (:class:`fastcl.methods.DGM`,
+    :class:`fastcl.methods.CLN`).
 
     Args:
         x: images [N, C, H, W], floating-point.

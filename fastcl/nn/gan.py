@@ -115,8 +115,8 @@ class ImageConv2d(nn.Conv2d):
     r"""A 5 x 5 convolution with stride 2 and padding 2 that runs fast on images of few channels on a CPU.
 
     There it is the 3 x 3 convolution of stride 1 on the image's 2 x 2 blocks as channels (the weight's sixth row and
-    column are 0): the same sums, but its backward passes, ordinary and double, take a fifth of the time, since the
-    CPU's library has no fast ones for fewer than 4 channels. On other devices it is the plain convolution.
+    column are 0): the same sums, but faster backward passes, since the CPU's library has no fast ones for fewer than 4
+    channels (`pytest bench/bench_methods.py -k image`). On other devices it is the plain convolution.
 
     Args:
         in_channels: C. out_channels: O.
