@@ -38,6 +38,13 @@
 #define FASTCL_INDEPENDENT
 #endif
 
+// The loop that follows stays a loop: gcc unrolls one of few iterations wholly, and then stores everything twice.
+#if defined(__GNUC__) && !defined(__clang__)
+#define FASTCL_ROLLED _Pragma("GCC unroll 1")
+#else
+#define FASTCL_ROLLED
+#endif
+
 namespace fastcl {
 
 using torch::headeronly::ScalarType;

@@ -23,16 +23,17 @@ FASTCL_HD void free_from_floats(A* FASTCL_RESTRICT free, const M* FASTCL_RESTRIC
   for (int64_t i = 0; i < n; ++i) free[i] = A(1) - static_cast<A>(load(r + i));
 }
 
-// to[i] = value(bit i % 8 of byte i / 8); 32 weights from one word, by shifts that vectorise.
+// to[i] = value(word, j), where bit j of word is bit i % 8 of byte i / 8; 32 weights from one word: the shifts
+// vectorise.
 template <class Out, class F>
 FASTCL_HD void expand_bits(Out* FASTCL_RESTRICT to, const uint8_t* FASTCL_RESTRICT bytes, int64_t n, const F& value) {
   int64_t i = 0;
   for (; i + 32 <= n; i += 32, bytes += 4) {
     const uint32_t word =
         uint32_t(bytes[0]) | uint32_t(bytes[1]) << 8 | uint32_t(bytes[2]) << 16 | uint32_t(bytes[3]) << 24;
-    for (uint32_t j = 0; j < 32; ++j) to[i + j] = value(static_cast<int32_t>((word >> j) & 1u));
+    for (uint32_t j = 0; j < 32; ++j) to[i + j] = value(word, j);
   }
-  for (int64_t j = 0; i + j < n; ++j) to[i + j] = value((bytes[j >> 3] >> (j & 7)) & 1);
+  for (uint32_t j = 0; i + j < n; ++j) to[i + j] = value(bytes[j >> 3], j & 7);
 }
 
 template <class A>
@@ -62,7 +63,8 @@ FASTCL_HD void free_shares(A* FASTCL_RESTRICT free, const MaskView& mask, int64_
     }
     case MaskKind::packed:
       return expand_bits(free, static_cast<const uint8_t*>(mask.data) + begin / 8, n,
-                         [](int32_t bit) FASTCL_LAMBDA_HD { return static_cast<A>(1 - bit); });
+                         [](uint32_t word, uint32_t j)
+                             FASTCL_LAMBDA_HD { return static_cast<A>(static_cast<int32_t>(1 - (word >> j & 1))); });
     case MaskKind::f32:
       return free_from_floats(free, static_cast<const float*>(mask.data) + begin, n);
     case MaskKind::f64:
@@ -114,7 +116,7 @@ FASTCL_HD H choose(bool keep, H old, float fresh) {
   return old;
 }
 
-// words[0..n) of the weights begin..begin+n of a bool or packed mask: -1 where one is reserved.
+// words[0..n) of the weights begin..begin+n of a bool or packed mask: negative where one is reserved.
 FASTCL_HD void keep_words(int32_t* FASTCL_RESTRICT words, const MaskView& mask, int64_t begin, int64_t n) {
   if (mask.kind == MaskKind::boolean) {
     const uint8_t* FASTCL_RESTRICT r = static_cast<const uint8_t*>(mask.data) + begin;
@@ -122,7 +124,7 @@ FASTCL_HD void keep_words(int32_t* FASTCL_RESTRICT words, const MaskView& mask, 
     return;
   }
   expand_bits(words, static_cast<const uint8_t*>(mask.data) + begin / 8, n,
-              [](int32_t bit) FASTCL_LAMBDA_HD { return -bit; });
+              [](uint32_t word, uint32_t j) FASTCL_LAMBDA_HD { return static_cast<int32_t>(word << (31 - j)); });
 }
 
 // One weight's mask as a kernel wants it: checked, in the weight's memory order, temporaries kept alive.

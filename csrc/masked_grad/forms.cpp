@@ -30,7 +30,8 @@ struct Pack {
 
 struct Unpack {
   static FASTCL_HD void run(uint8_t* r, const uint8_t* bytes, int64_t n) {
-    expand_bits(r, bytes, n, [](int32_t bit) FASTCL_LAMBDA_HD { return static_cast<uint8_t>(bit); });
+    expand_bits(r, bytes, n,
+                [](uint32_t word, uint32_t j) FASTCL_LAMBDA_HD { return static_cast<uint8_t>(word >> j & 1); });
   }
 };
 

@@ -24,31 +24,27 @@ FASTCL_HD double masked_grad_bits(double g, uint8_t r) {
   return g;
 }
 
+// The steps take gradients up to their sign (-1 to maximize), which their squares do not need and their means fold into
+// a product that they have anyway: `decay` is the sign times the weight decay.
+
 // One step of SGD (torch.optim.SGD) on one free weight. `first` starts the momentum buffer with the gradient.
 template <class A>
 struct Sgd {
-  A lr, momentum, one_minus_dampening, weight_decay, sign;
+  A lr, momentum, one_minus_dampening, decay, sign;
   bool nesterov, first;
 
-  FASTCL_HD A gradient(A p, A g) const {
-    g *= sign;
-    return weight_decay != A(0) ? g + weight_decay * p : g;
-  }
-  FASTCL_HD A buffer(A buffer, A g) const { return first ? g : momentum * buffer + one_minus_dampening * g; }
-  FASTCL_HD A direction(A buffer, A g) const { return nesterov ? g + momentum * buffer : buffer; }
+  FASTCL_HD A started(A buffer, A g) const { return first ? sign * g : buffered(buffer, g); }
+  FASTCL_HD A buffered(A buffer, A g) const { return momentum * buffer + one_minus_dampening * sign * g; }
+  FASTCL_HD A direction(A buffer, A g) const { return nesterov ? sign * g + momentum * buffer : buffer; }
   FASTCL_HD A update(A p, A direction) const { return p - lr * direction; }
 };
 
 // One step of Adam or, decoupled, AdamW (torch.optim): the bias corrections stand in step_size and root_scale.
 template <class A>
 struct Adam {
-  A one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, shrink, sign, step_size, root_scale;
+  A one_minus_beta1, beta2, one_minus_beta2, eps, decay, shrink, sign, step_size, root_scale;
 
-  FASTCL_HD A gradient(A p, A g) const {
-    g *= sign;
-    return weight_decay != A(0) ? g + weight_decay * p : g;
-  }
-  FASTCL_HD A mean(A m, A g) const { return m + one_minus_beta1 * (g - m); }
+  FASTCL_HD A mean(A m, A g) const { return m + one_minus_beta1 * (sign * g - m); }
   FASTCL_HD A square(A v, A g) const { return beta2 * v + one_minus_beta2 * g * g; }
   FASTCL_HD A largest(A seen, A v) const { return v <= seen || seen != seen ? seen : v; }  // NaN stays
   FASTCL_HD A update(A p, A m, A v) const { return p * shrink - step_size * m / (sqrt(v) * root_scale + eps); }

@@ -9,8 +9,8 @@ namespace fastcl {
 namespace {
 
 // What protects a piece of a parameter, settled once for the piece and expanded block by block: bools and bits to words
-// that are -1 where one is set (they need not touch the gradient, since what they protect is not stored), every other
-// form to shares. A word as wide as a float keeps the loop free of unpacking, which would spill.
+// that are negative where one is set (they need not touch the gradient, since what they protect is not stored), every
+// other form to shares. A word as wide as a float keeps the loop free of unpacking, which would spill.
 enum class Protection { nothing, words, shares };
 
 template <class T, Protection protection>
@@ -22,60 +22,99 @@ struct Keep {
     return protection == Protection::shares ? g * free[i] : g;
   }
   FASTCL_HD T operator()(T x, int64_t i, arithmetic_t<T> value) const {  // the value, or x where it is protected
-    if constexpr (protection == Protection::nothing) store(&x, value);
-    if constexpr (protection == Protection::words) x = choose(words[i] < 0, x, value);
-    if constexpr (protection == Protection::shares) x = choose(free[i] == 0, x, value);
-    return x;
+    if constexpr (!std::is_same_v<T, arithmetic_t<T>>) {
+      if constexpr (protection == Protection::nothing) store(&x, value);
+      if constexpr (protection == Protection::words) x = choose(words[i] < 0, x, value);
+      if constexpr (protection == Protection::shares) x = choose(free[i] == 0, x, value);
+      return x;
+    } else {  // no address is taken, or gcc stores every result a second time, on the stack
+      if constexpr (protection == Protection::nothing) return value;
+      return (protection == Protection::words ? words[i] < 0 : free[i] == 0) ? x : value;
+    }
   }
 };
 
-// body(keep, first, n) for every block of a piece.
+// What a local number is in the arithmetic type.
+template <class T>
+FASTCL_HD arithmetic_t<T> wide(T x) {
+  if constexpr (std::is_same_v<T, arithmetic_t<T>>)
+    return x;
+  else
+    return load(&x);
+}
+
+// body(keep, first, n) for every block of a piece. Blocks of a fixed few, so that a mask is unpacked while the square
+// roots and divisions of the block before it are under way.
+constexpr int64_t kStepBlock = 64;
+
 template <class T, Protection protection, class Body>
 FASTCL_HD void in_blocks(const MaskView& mask, int64_t begin, int64_t n, const Body& body) {
   if constexpr (protection == Protection::nothing) {
     body(Keep<T, protection>{nullptr, nullptr}, int64_t(0), n);
-  } else if constexpr (protection == Protection::words) {
-    alignas(64) int32_t words[kMaskBlock];
-    for (int64_t at = 0; at < n; at += kMaskBlock) {
-      const int64_t m = std::min(kMaskBlock, n - at);
-      keep_words(words, mask, begin + at, m);
-      body(Keep<T, protection>{words, nullptr}, at, m);
-    }
   } else {
-    alignas(64) arithmetic_t<T> free[kMaskBlock];
-    for (int64_t at = 0; at < n; at += kMaskBlock) {
-      const int64_t m = std::min(kMaskBlock, n - at);
-      free_shares(free, mask, begin + at, m);
-      body(Keep<T, protection>{nullptr, free}, at, m);
-    }
+    using Word = std::conditional_t<protection == Protection::words, int32_t, arithmetic_t<T>>;
+    alignas(64) Word unpacked[kStepBlock];
+    const auto block = [&](int64_t at, int64_t m) FASTCL_LAMBDA_HD {
+      if constexpr (protection == Protection::words) {
+        keep_words(unpacked, mask, begin + at, m);
+        body(Keep<T, protection>{unpacked, nullptr}, at, m);
+      } else {
+        free_shares(unpacked, mask, begin + at, m);
+        body(Keep<T, protection>{nullptr, unpacked}, at, m);
+      }
+    };
+    int64_t at = 0;
+    for (; at + kStepBlock <= n; at += kStepBlock) block(at, kStepBlock);
+    if (at < n) block(at, n - at);
   }
 }
 
 // In both steps every old value is read before the first store: big arrays begin at the same place in their pages, and
 // a CPU takes the load of one for a load of what was just stored to another (4 KiB aliasing: up to 1.8 times the time).
+// What is the same for a whole piece is settled outside its loop for float: asked within, gcc's code for the usual case
+// is a seventh slower. The other types ask: each answer is compiled for every mask and instruction set.
+enum class Settled { no, yes, ask };
+
+template <Settled decays, class Step, class A>
+FASTCL_HD A decayed(const Step& step, A weight, A gradient) {
+  if constexpr (decays == Settled::no) return gradient;
+  return decays == Settled::yes || step.decay != A(0) ? gradient + step.decay * weight : gradient;
+}
+
 template <class T, bool kMomentum, Protection protection>
 struct SgdStep {
   using A = arithmetic_t<T>;
   static FASTCL_HD void run(T* p, const T* g, T* b, MaskView mask, Sgd<A> sgd, int64_t begin, int64_t n) {
+    if constexpr (std::is_same_v<T, float>)
+      if (!sgd.nesterov && !sgd.first)
+        return sgd.decay != A(0) ? piece<Settled::yes, true>(p, g, b, mask, sgd, begin, n)
+                                 : piece<Settled::no, true>(p, g, b, mask, sgd, begin, n);
+    piece<Settled::ask, false>(p, g, b, mask, sgd, begin, n);
+  }
+  template <Settled decays, bool kRunning>  // kRunning: neither the first step nor Nesterov's
+  static FASTCL_HD void piece(T* p, const T* g, T* b, const MaskView& mask, const Sgd<A>& sgd, int64_t begin,
+                              int64_t n) {
     in_blocks<T, protection>(mask, begin, n, [&](const auto& keep, int64_t at, int64_t m) FASTCL_LAMBDA_HD {
-      block(p + at, g + at, b + at, keep, sgd, m);
+      block<decays, kRunning>(p + at, g + at, b + at, keep, sgd, m);
     });
   }
+  template <Settled decays, bool kRunning>
   static FASTCL_HD void block(T* p, const T* g, T* b, const Keep<T, protection> keep, const Sgd<A> sgd, int64_t n) {
     FASTCL_INDEPENDENT
+    FASTCL_ROLLED
     for (int64_t i = 0; i < n; ++i) {
       const T old_p = p[i];
-      const A weight = load(&old_p);
-      A step = sgd.gradient(weight, keep.gradient(load(g + i), i));
+      const A weight = wide(old_p), gradient = decayed<decays>(sgd, weight, keep.gradient(load(g + i), i));
       if constexpr (kMomentum) {
         const T old_b = b[i];
-        const A buffer = sgd.buffer(load(&old_b), step);
-        step = sgd.direction(buffer, step);
-        const T new_p = keep(old_p, i, sgd.update(weight, step));
+        const A before = wide(old_b);
+        const A buffer = kRunning ? sgd.buffered(before, gradient) : sgd.started(before, gradient);
+        const A direction = kRunning ? buffer : sgd.direction(buffer, gradient);
+        const T new_p = keep(old_p, i, sgd.update(weight, direction));
         b[i] = keep(old_b, i, buffer);
         p[i] = new_p;
       } else {
-        p[i] = keep(old_p, i, sgd.update(weight, step));
+        p[i] = keep(old_p, i, sgd.update(weight, sgd.sign * gradient));
       }
     }
   }
@@ -86,18 +125,27 @@ struct AdamStep {
   using A = arithmetic_t<T>;
   static FASTCL_HD void run(T* p, const T* g, T* m1, T* m2, T* largest, MaskView mask, Adam<A> adam, int64_t begin,
                             int64_t n) {
+    if constexpr (std::is_same_v<T, float>)
+      if (adam.decay == A(0)) return piece<Settled::no>(p, g, m1, m2, largest, mask, adam, begin, n);
+    piece<Settled::ask>(p, g, m1, m2, largest, mask, adam, begin, n);
+  }
+  template <Settled decays>
+  static FASTCL_HD void piece(T* p, const T* g, T* m1, T* m2, T* largest, const MaskView& mask, const Adam<A>& adam,
+                              int64_t begin, int64_t n) {
     in_blocks<T, protection>(mask, begin, n, [&](const auto& keep, int64_t at, int64_t m) FASTCL_LAMBDA_HD {
-      block(p + at, g + at, m1 + at, m2 + at, largest + at, keep, adam, m);
+      block<decays>(p + at, g + at, m1 + at, m2 + at, largest + at, keep, adam, m);
     });
   }
+  template <Settled decays>
   static FASTCL_HD void block(T* p, const T* g, T* m1, T* m2, T* largest, const Keep<T, protection> keep,
                               const Adam<A> adam, int64_t n) {
     FASTCL_INDEPENDENT
+    FASTCL_ROLLED
     for (int64_t i = 0; i < n; ++i) {
       const T old_p = p[i], old_m1 = m1[i], old_m2 = m2[i], old_largest = kLargest ? largest[i] : T{};
-      const A weight = load(&old_p), gradient = adam.gradient(weight, keep.gradient(load(g + i), i));
-      const A mean = adam.mean(load(&old_m1), gradient), square = adam.square(load(&old_m2), gradient);
-      const A scale = kLargest ? adam.largest(load(&old_largest), square) : square;
+      const A weight = wide(old_p), gradient = decayed<decays>(adam, weight, keep.gradient(load(g + i), i));
+      const A mean = adam.mean(wide(old_m1), gradient), square = adam.square(wide(old_m2), gradient);
+      const A scale = kLargest ? adam.largest(wide(old_largest), square) : square;
       const T new_p = keep(old_p, i, adam.update(weight, mean, scale));
       const T new_m1 = keep(old_m1, i, mean), new_m2 = keep(old_m2, i, square);
       const T new_largest = keep(old_largest, i, scale);
@@ -143,8 +191,9 @@ void sgd_piece(const StepEntry& e, const SgdOptions& o, int64_t begin, int64_t n
   dispatch_entry(e, [&](auto type) {
     using T = decltype(type);
     using A = arithmetic_t<T>;
-    const Sgd<A> sgd{A(o.lr),         A(o.momentum), A(1 - o.dampening), A(o.weight_decay), A(o.maximize ? -1 : 1),
-                     o.nesterov != 0, e.first != 0};
+    const double sign = o.maximize ? -1 : 1;
+    const Sgd<A> sgd{A(o.lr), A(o.momentum),   A(1 - o.dampening), A(sign * o.weight_decay),
+                     A(sign), o.nesterov != 0, e.first != 0};
     T* p = static_cast<T*>(e.param) + begin;
     const T* g = static_cast<const T*>(e.grad) + begin;
     dispatch_protection(mask_of(e), [&](auto constant) {
@@ -183,13 +232,14 @@ void adam_piece(const StepEntry& e, const AdamOptions& o, const Corrections& c, 
   dispatch_entry(e, [&](auto type) {
     using T = decltype(type);
     using A = arithmetic_t<T>;
+    const double sign = o.maximize ? -1 : 1;
     const Adam<A> adam{A(1 - o.beta1),
                        A(o.beta2),
                        A(1 - o.beta2),
                        A(o.eps),
-                       A(o.decoupled ? 0 : o.weight_decay),
+                       A(o.decoupled ? 0 : sign * o.weight_decay),
                        A(o.decoupled ? 1 - o.lr * o.weight_decay : 1),
-                       A(o.maximize ? -1 : 1),
+                       A(sign),
                        A(c.step_size),
                        A(c.root_scale)};
     T* p = static_cast<T*>(e.param) + begin;
