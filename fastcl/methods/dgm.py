@@ -51,6 +51,8 @@ class DGM(Generative):
             images moved a little (:func:`fastcl.nn.jitter`), half of the new class's generated. Ours: beside the critic
             its accuracy jumps from step to step (the authors' code picks an epoch by old images), and of old classes it
             sees generated images alone, whose faults it would learn. 0: the paper's.
+        cooling: share of a task's training, its last part, over which both rates fall to 0. Ours: at a steady rate the
+            generator wanders to the end, and what it makes on the last step is what is remembered. 0: the paper's.
         clamp: embeddings are kept in [-clamp, clamp] (HAT's; the paper does not say).
         lr: Adam's, of both networks. precision: of their steps, as for :func:`fastcl.nn.mixed`.
 
@@ -78,6 +80,7 @@ class DGM(Generative):
         betas: tuple[float, float] = (0.5, 0.999),
         clamp: float = 6.0,
         finish: int = 20,
+        cooling: float = 0.5,
         **options: Any,
     ) -> None:
         for name, value in (("strength", strength), ("penalty", penalty)):
@@ -85,6 +88,8 @@ class DGM(Generative):
                 raise ValueError(f"{name} is {value} but must be finite and not negative")
         if epochs < 1 or finish < 0:
             raise ValueError(f"epochs is {epochs} and finish {finish} but must be at least 1 and 0")
+        if not 0 <= cooling <= 1:
+            raise ValueError(f"cooling is {cooling} but must be in [0, 1]")
         dgm_scale(0, 1, 0, 1, s_max, schedule)  # raises what is wrong with them
         self.lr, self.betas = options.setdefault("lr", self.usual_lr), tuple(betas)
         if options.get("optimizer") is not None:
@@ -93,6 +98,7 @@ class DGM(Generative):
         super().__init__(model, **options)
         self.generator, self.n_epochs, self.strength = generator, epochs, strength
         self.s_max, self.schedule, self.penalty, self.clamp, self.finish = s_max, schedule, penalty, clamp, finish
+        self.cooling = cooling
         self.generator_optimizer: MaskedAdam | None = None
         self.replay: tuple[Tensor, Tensor] | None = None  # images as bytes, classes
         self.replay_seed = 0
@@ -172,11 +178,14 @@ class DGM(Generative):
         return loss
 
     def _anneal(self, n: int) -> None:
-        """The masks' scale for the next n samples."""
+        """The masks' scale and the optimizers' rate for the next n samples."""
         self._batch = self._batch or n  # the first batch of a task tells the size of the others
         batches = max(1, math.ceil(self._samples / self._batch))
-        at = min(self._epoch, self.n_epochs - 1), self.n_epochs, min(self._seen // self._batch, batches - 1), batches
-        self.generator.set_scale(dgm_scale(*at, self.s_max, self.schedule))
+        epoch, batch = min(self._epoch, self.n_epochs - 1), min(self._seen // self._batch, batches - 1)
+        self.generator.set_scale(dgm_scale(epoch, self.n_epochs, batch, batches, self.s_max, self.schedule))
+        left = 1 - (epoch * batches + batch) / (self.n_epochs * batches)
+        for group in chain(self.optimizer.param_groups, self.generator_optimizer.param_groups):
+            group["lr"] = self.lr * (left / self.cooling if left < self.cooling else 1.0)
         self._seen += n
         if self._seen >= self._samples:
             self._seen, self._epoch = 0, self._epoch + 1
