@@ -122,6 +122,24 @@ def test_dgm_anneals_over_the_epochs_it_was_told() -> None:
     assert scales[:batches] == sorted(scales[:batches])
 
 
+def test_dgm_s_rates_fall_to_0_over_the_last_part_of_a_task() -> None:
+    learner = METHODS["dgm-w"].build(STREAM, **GAN, epochs=2, cooling=0.5, lr=1e-3)
+    task = STREAM.tasks[0]
+    learner.begin_task(task)
+    x, y = task.train()
+    rates = []
+    for _ in range(2):
+        for a, b in zip(x.split(64), y.split(64), strict=True):
+            learner.observe(a, b)
+            (rate,) = {g["lr"] for o in (learner.optimizer, learner.generator_optimizer) for g in o.param_groups}
+            rates.append(rate)
+    half = len(rates) // 2
+    assert rates[: half + 1] == [1e-3] * (half + 1)
+    assert rates[half:] == pytest.approx([1e-3 * (half - i) / half for i in range(half)])
+    with pytest.raises(ValueError, match=r"cooling is 1\.5 but must be in \[0, 1\]"):
+        METHODS["dgm-w"].build(STREAM, **GAN, cooling=1.5)
+
+
 def test_dgm_s_classifier_sees_every_class_alike_often(monkeypatch: pytest.MonkeyPatch) -> None:
     learner = run_tasks(METHODS["dgm-w"].build(STREAM, **GAN, finish=0), STREAM, 2)
     learner.begin_task(STREAM.tasks[2])
