@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..nn import GaussianVAE, SimpleNet, grow, jitter, learn_features, plot_growth, plot_images
+from ..nn import GaussianVAE, SimpleNet, distillation, grow, jitter, learn_features, plot_growth, plot_images
 from ..nn.simplenet import KERNELS
 from .method import Batches, Generative, Method
 
@@ -31,8 +32,10 @@ class CLN(Generative):
     read, ever.
 
     A classifier that sees real new images beside synthesised old ones learns to tell real from synthesised, and takes
-    real old ones for new. So by default (`show`) we take steps 5 and 6 before step 4, and show the classifier the new
-    images as the VAE reconstructs them, all moved a little (:func:`fastcl.nn.jitter`).
+    real old ones for new. So by default (`show`) we take steps 5 and 6 before step 4, and show the classifier synthesised
+    images of the new classes too, all moved a little (:func:`fastcl.nn.jitter`). And what a class's Gaussian gives varies
+    less than the class, the less the more often the VAE has learned from itself: the classifier's old images are drawn
+    from wider Gaussians (`spread`), and are to mean what they meant to the classifier before (`labels`).
 
     Args:
         model: a :class:`fastcl.nn.SimpleNet`; it grows.
@@ -41,7 +44,10 @@ class CLN(Generative):
         replay: synthesised images of each old class. sample: at most so many of the task's own images a class for the VAE.
         iterations: of clustering, each with `vae_epochs` passes but at least `vae_steps` steps.
         finish: steps of 128 images, every class alike often, in which the classifier's rate falls to 0 at a task's end.
-        show: new images to the classifier from the second task on: ``reconstructed``, or ``real``, the seed's.
+        show: of the new classes to the classifier from the second task on: ``synthesised`` images or ``real`` ones, the
+            seed's.
+        spread: of the Gaussians that the classifier's old images are from; 1: the seed's. labels: of them, ``soft`` (as
+            for :class:`fastcl.methods.DGR`) or ``hard``, the seed's.
         beta: weight of the KL; 1 loses the variety within a class (8 x 8 digits). vae_lr: Adam's, of the VAE. nflae_steps: of each layer's autoencoder.
         vae_from: ``classifier``, the seed's: the encoder starts from the classifier's trunk; or ``previous``.
         encoder_pools: poolings of the trunk that the encoder has; None: the whole trunk, which leaves little of an image
@@ -49,7 +55,7 @@ class CLN(Generative):
         lr: Adam's, of the classifier. precision: of the VAE's steps, as for :func:`fastcl.nn.mixed`.
 
     Raises:
-        ValueError: an unknown `grow`, `vae_from` or `show`; numbers out of range.
+        ValueError: an unknown `grow`, `vae_from`, `show` or `labels`; numbers out of range.
 
     Example:
         >>> learner = CLN.build(stream, width=4, latent=6); learner.begin_task(stream.tasks[0])
@@ -78,7 +84,9 @@ class CLN(Generative):
         vae_epochs: int = 3,
         vae_steps: int = 200,
         finish: int = 200,
-        show: str = "reconstructed",
+        show: str = "synthesised",
+        spread: float = 1.3,
+        labels: str = "soft",
         beta: float = 0.1,
         vae_lr: float = 1e-3,
         nflae_steps: int = 60,
@@ -88,8 +96,12 @@ class CLN(Generative):
     ) -> None:
         if grow not in ("fixed", "outliers") or vae_from not in ("classifier", "previous"):
             raise ValueError("grow must be fixed or outliers, and vae_from classifier or previous")
-        if show not in ("reconstructed", "real"):
-            raise ValueError(f"show is {show!r} but must be reconstructed or real")
+        if show not in ("synthesised", "real"):
+            raise ValueError(f"show is {show!r} but must be synthesised or real")
+        if labels not in ("hard", "soft"):
+            raise ValueError(f"labels is {labels!r} but must be hard or soft")
+        if not 0 < spread < math.inf:
+            raise ValueError(f"spread is {spread} but must be positive and finite")
         for name, value in (("latent", latent), ("replay", replay), ("sample", sample), ("rounds", rounds)):
             if value < 1:
                 raise ValueError(f"{name} is {value} but must be at least 1")
@@ -106,11 +118,14 @@ class CLN(Generative):
             rounds,
         )
         self.replay, self.sample, self.iterations, self.vae_epochs = replay, sample, iterations, vae_epochs
-        self.show, self.beta, self.vae_lr, self.nflae_steps = show, beta, vae_lr, nflae_steps
+        self.show, self.spread, self.labels = show, spread, labels
+        self.beta, self.vae_lr, self.nflae_steps = beta, vae_lr, nflae_steps
         self.vae_from, self.vae_steps, self.encoder_pools = vae_from, vae_steps, encoder_pools
         model.trunk(encoder_pools)  # raises what is wrong with it
         self.vae: GaussianVAE | None = None
-        self.old: tuple[Tensor, Tensor] | None = None  # synthesised: images as bytes, classes
+        self.old: tuple[Tensor, Tensor] | None = None  # synthesised for the VAE: images as bytes, classes
+        self.past_shown: tuple[Tensor, Tensor, Tensor] | None = None  # for the classifier; and what it made of them
+        self.new_shown: tuple[Tensor, Tensor] | None = None
         self.shown: list[Tensor] = []  # a few synthesised images of every class, after each task
         self.reports: list[dict[str, Any]] = []
 
@@ -125,6 +140,7 @@ class CLN(Generative):
         return made
 
     input_shape: tuple[int, ...] = (1, 28, 28)
+    SYNTHESISED: ClassVar[tuple[str, ...]] = ("old", "past_shown", "new_shown")
 
     # ---- steps 1 to 3 ----
 
@@ -134,6 +150,8 @@ class CLN(Generative):
         if self.vae is not None:
             seen = self.past
             self.old, report["synthesised"] = self.synthesise(seen, self.replay)
+            (images, labels), _ = self.synthesise(seen, self.replay, self.spread)
+            self.past_shown = images, labels, self._logits(images)
             x, _ = self.training_data(task)
             x = x.to(self._device)[torch.randperm(len(x))[: self.sample]]
             rounds = self.rounds if self.grow == "outliers" else 1
@@ -153,11 +171,23 @@ class CLN(Generative):
         self.optimizer = torch.optim.Adam(self.model.parameters(), self.lr)
         report["widths"] = [self.model.get_submodule(n).out_channels for n in self.model.convolutions()]
         self.reports.append(report)
-        if self.old is not None and self.show == "reconstructed":
+        if self.old is not None and self.show == "synthesised":
             self._learn_to_generate(*self.training_data(task))
+            y = torch.tensor(task.classes, device=self._device).repeat_interleave(self.replay)
+            self.new_shown = torch.cat([self._unfiltered(c, self.replay) for c in task.classes]), y
 
     @torch.no_grad()
-    def synthesise(self, classes: Sequence[int], each: int) -> tuple[tuple[Tensor, Tensor], dict[str, float]]:
+    def _logits(self, images: Tensor) -> Tensor:
+        training = self.model.training
+        self.model.eval()
+        logits = torch.cat([self.model(_floats(part)) for part in images.split(1024)])
+        self.model.train(training)
+        return logits
+
+    @torch.no_grad()
+    def synthesise(
+        self, classes: Sequence[int], each: int, spread: float = 1.0
+    ) -> tuple[tuple[Tensor, Tensor], dict[str, float]]:
         """`each` images of every class that the classifier takes for that class, as bytes; and what share it took.
 
         Where the VAE does not give enough of them, those there are come again, shifted by up to two pixels.
@@ -172,8 +202,7 @@ class CLN(Generative):
             kept: list[Tensor] = []
             tried = found = 0
             for _ in range(8):
-                wanted = torch.full((each,), self._component(c), device=self._device)
-                x = (self.vae.sample(wanted) * 255).round().byte()
+                x = self._unfiltered(c, each, spread)
                 right = known[self.model(_floats(x))[:, known].argmax(1)] == c
                 kept.append(x[right])
                 tried, found = tried + each, found + int(right.sum())
@@ -181,16 +210,17 @@ class CLN(Generative):
                     break
             x = torch.cat(kept)[:each]
             if len(x) < each:
-                x = self._augmented(x if len(x) else self._unfiltered(c, each), each)
+                x = self._augmented(x if len(x) else self._unfiltered(c, each, spread), each)
             images.append(x)
             labels.append(torch.full((each,), c, device=self._device))
             shares[str(c)] = found / tried
         self.model.train(training)
         return (torch.cat(images), torch.cat(labels)), shares
 
-    def _unfiltered(self, c: int, n: int) -> Tensor:
-        """For a class of which the classifier recognises no image."""
-        return (self.vae.sample(torch.full((n,), self._component(c), device=self._device)) * 255).round().byte()
+    def _unfiltered(self, c: int, n: int, spread: float = 1.0) -> Tensor:
+        wanted = torch.full((n,), self._component(c), device=self._device)
+        self.vae.eval()
+        return (self.vae.sample(wanted, spread=spread) * 255).round().byte()
 
     @staticmethod
     def _augmented(x: Tensor, n: int) -> Tensor:
@@ -209,17 +239,23 @@ class CLN(Generative):
     # ---- step 4 ----
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """Cross-entropy on the batch and, for every class the same number of them, on synthesised old images."""
-        if self.old is not None:
-            if self.show == "reconstructed":
-                x = self.vae.reconstruct(x)
-            classes = len(self.tasks[-1])
-            n = max(1, len(x) * (len(self.classes) - classes) // classes)
-            picked = torch.randint(len(self.old[1]), (n,)).to(self._device)
-            x, y = torch.cat([x, _floats(self.old[0][picked])]), torch.cat([y, self.old[1][picked]])
-            x = jitter(x)
+        """The first task's: cross-entropy. Later: on as many images, every class alike often."""
         known = torch.tensor(self.classes, device=y.device)
-        return F.cross_entropy(self.model(x)[:, known], torch.searchsorted(known, y))
+        if self.past_shown is None:
+            return F.cross_entropy(self.model(x)[:, known], torch.searchsorted(known, y))
+        mine = max(1, round(len(x) * len(self.tasks[-1]) / len(self.classes)))
+        images, labels, before = self.past_shown
+        picked = torch.randint(len(labels), (max(1, len(x) - mine),)).to(self._device)
+        if self.new_shown is not None:
+            chosen = torch.randint(len(self.new_shown[1]), (mine,)).to(self._device)
+            x, y = _floats(self.new_shown[0][chosen]), self.new_shown[1][chosen]
+        found = self.model(jitter(torch.cat([x[:mine], _floats(images[picked])])))
+        new = F.cross_entropy(found[:mine, known], torch.searchsorted(known, y[:mine]))
+        if self.labels == "hard":
+            old = F.cross_entropy(found[mine:, known], torch.searchsorted(known, labels[picked]))
+        else:
+            old = distillation(found[mine:], before[picked], self.past, self.classes)
+        return (len(x[:mine]) * new + len(picked) * old) / len(found)
 
     @torch.no_grad()
     def predict(self, x: Tensor, task: Task | int | None = None) -> Tensor:
@@ -238,7 +274,7 @@ class CLN(Generative):
             self._learn_to_generate(x, y)
         shown, _ = self.synthesise(self.classes, 10)
         self.shown.append(shown[0].cpu())
-        self.old = None
+        self.old = self.past_shown = self.new_shown = None
 
     def generate(self, n: int) -> tuple[Tensor, Tensor]:
         y = self._evenly(n)
@@ -246,12 +282,11 @@ class CLN(Generative):
         return self.vae.sample(wanted), y
 
     def _finish(self, x: Tensor, y: Tensor) -> None:
-        """The classifier on as many of the task's images as its classes are of all, and on synthesised old ones."""
-        mine = max(1, round(128 * len(self.tasks[-1]) / len(self.classes)))
+        """The classifier alone."""
         optimizer = torch.optim.Adam(self.model.parameters(), self.lr)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, self.finish)
         for _ in range(self.finish):
-            picked = torch.randint(len(y), (mine,)).to(y.device)
+            picked = torch.randint(len(y), (128,)).to(y.device)
             optimizer.zero_grad()
             self.loss(x[picked], y[picked]).backward()
             optimizer.step()
@@ -337,7 +372,7 @@ class CLN(Generative):
             "vae_widths": None if vae is None else [m.out_channels for m in vae.encoder if isinstance(m, nn.Conv2d)],
             "latent": None if vae is None else vae.latent,
             "classes": None if vae is None else vae.classes.n_components,
-            "old": None if self.old is None else list(self.old),
+            **{name: None if (t := getattr(self, name)) is None else list(t) for name in self.SYNTHESISED},
             "shown": self.shown,
             "reports": self.reports,
         }
@@ -355,7 +390,8 @@ class CLN(Generative):
                 self._device
             )
             self.vae.load_state_dict(extra["vae"])
-        self.old = None if extra["old"] is None else tuple(t.to(self._device) for t in extra["old"])
+        for name in self.SYNTHESISED:
+            setattr(self, name, None if extra[name] is None else tuple(t.to(self._device) for t in extra[name]))
         self.shown, self.reports = list(extra["shown"]), list(extra["reports"])
         super()._load(state)
 

@@ -200,21 +200,11 @@ class GaussianVAE(nn.Module):
         self.classes.fit_classes(mean + torch.randn_like(mean) * (0.5 * log_var).exp(), y)
 
     @torch.no_grad()
-    def sample(self, classes: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """An image of each of the given classes [N]."""
-        z = self.classes.sample_of(classes, generator=generator)
+    def sample(self, classes: Tensor, generator: torch.Generator | None = None, spread: float = 1.0) -> Tensor:
+        """An image of each of the given classes [N], its latents `spread` times as far from the class's mean."""
+        mean = self.classes.means[classes]
+        z = mean + spread * (self.classes.sample_of(classes, generator=generator) - mean)
         return torch.cat([self.decode(part) for part in z.split(1024)])
-
-    @torch.no_grad()
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """What is decoded of z ~ q(z|x), in eval mode."""
-        training = self.training
-        self.eval()
-        try:
-            mean, log_var = self.encode(x)
-            return self.decode(mean + torch.randn_like(mean) * (0.5 * log_var).exp())
-        finally:
-            self.train(training)
 
     def grow_latent(self, n: int) -> None:
         """n more latent dimensions: what is decoded stays; the classes' Gaussians are standard there."""

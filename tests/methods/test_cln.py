@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,40 @@ def test_synthesised_images_are_what_the_classifier_says_they_are() -> None:
     assert (found == labels).float().mean() > 0.9  # shifted repeats may differ
 
 
+def test_the_classifier_is_shown_synthesised_images_of_every_class_alike_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    cln = trained(STREAM, 2)
+    cln.begin_task(STREAM.tasks[2])
+    shown: list[Tensor] = []
+    monkeypatch.setattr("fastcl.methods.cln.jitter", lambda x: shown.append(x) or x)
+    x, y = STREAM.tasks[2].train()
+    nowhere = torch.full_like(x[:60], torch.nan)
+    assert cln.loss(nowhere, y[:60]).isfinite()  # the real ones are counted, not seen
+    assert len(shown[0]) == 60
+    new, old = shown[0][:20], shown[0][20:]
+    among = [(group.float() / 255).flatten(1) for group in (cln.new_shown[0], cln.past_shown[0])]
+    assert all((image.flatten() == among[0]).all(1).any() for image in new)
+    assert all((image.flatten() == among[1]).all(1).any() for image in old)
+    cln.show, cln.new_shown = "real", None
+    assert cln.loss(nowhere, y[:60]).isnan()
+
+
+def test_spread_moves_the_latents_away_from_their_mean() -> None:
+    vae = trained(STREAM, 1).vae.eval()
+    y = torch.zeros(500, dtype=torch.long)
+    narrow, usual, wide = (vae.sample(y, torch.Generator().manual_seed(0), spread=s) for s in (0.0, 1.0, 2.0))
+    assert torch.equal(usual, vae.sample(y, torch.Generator().manual_seed(0)))
+    assert narrow.std(0).max() == 0
+    assert wide.std(0).mean() > 1.2 * usual.std(0).mean()
+
+
+def test_soft_labels_are_what_the_classifier_made_of_the_images() -> None:
+    cln = trained(STREAM, 1)
+    before = copy.deepcopy(cln.model).eval()
+    cln.begin_task(STREAM.tasks[1])
+    images, _, logits = cln.past_shown
+    torch.testing.assert_close(logits, before(images.float() / 255))
+
+
 def test_too_few_are_augmented() -> None:
     x = torch.randint(0, 255, (3, 1, 8, 8), dtype=torch.uint8)
     found = CLN._augmented(x, 10)
@@ -125,6 +160,9 @@ def test_pictures(tmp_path: Path) -> None:
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="grow must be"):
         CLN.build(STREAM, grow="always")
+    for name, wrong in (("show", "all"), ("labels", "none"), ("spread", 0.0), ("spread", float("nan"))):
+        with pytest.raises(ValueError, match=f"{name} is"):
+            CLN.build(STREAM, **{name: wrong})
     with pytest.raises(ValueError, match="replay is 0"):
         CLN.build(STREAM, replay=0)
     with pytest.raises(ValueError, match="multiples of 4"):

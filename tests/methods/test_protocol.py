@@ -30,7 +30,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "vae_steps": 1,
         "nflae_steps": 2,
         "finish": 2,
-        "show": "real",  # a VAE of one step reconstructs nothing
+        "show": "real",  # a VAE of one step generates nothing
     },
     **dict.fromkeys(("mergan-joint", "mergan-align"), GAN),
     **{name: {**GAN, "finish": 1} for name in ("dgm-w", "dgm-a")},
