@@ -17,13 +17,10 @@ template <class T, bool side_by_side>
 struct Normals {
   static FASTCL_HD void run(T* FASTCL_RESTRICT eps, const uint32_t* FASTCL_RESTRICT low,
                             const uint32_t* FASTCL_RESTRICT high, int64_t quads, int64_t width, uint32_t key0,
-                            uint32_t key1) {
-    uint32_t words[4][kWidest];  // in two loops: one alone has more live values than registers (20 % slower)
+                            uint32_t key1, PhiloxWords random) {
+    alignas(64) uint32_t words[4][kWidest];
     for (int64_t quad = 0; quad < quads; ++quad, eps += 4 * width) {
-      for (int64_t s = 0; s < width; ++s) {
-        const Philox found = philox(static_cast<uint32_t>(quad), low[s], 0, high[s], key0, key1);
-        for (int w = 0; w < 4; ++w) words[w][s] = found.word[w];
-      }
+      random(words[0], kWidest, static_cast<uint32_t>(quad), low, high, width, key0, key1);
       if constexpr (side_by_side) {
         for (int64_t s = 0; s < width; ++s) {
           const Pair<T> a = box_muller<T>(words[0][s], words[1][s]), b = box_muller<T>(words[2][s], words[3][s]);
@@ -110,6 +107,7 @@ void sample(In* out, const Grouped& groups, const Tensor& means, const Tensor& t
     for (int64_t at = groups.begin[k]; at < groups.begin[k + 1]; at += width)
       pieces.push_back({k, at, std::min(width, groups.begin[k + 1] - at)});
   const int64_t lines = std::max(4 * quads, full ? factors.count * tile.mr : 0);
+  const PhiloxWords random = philox_words();
   const int64_t grain = std::max<int64_t>(1, 65536 / (width * features * (full ? 1 + features / 32 : 1)));
   par_for(0, static_cast<int64_t>(pieces.size()), grain, [&](int64_t first, int64_t last) {
     std::unique_ptr<T[]> eps(new T[4 * quads * width]), z(new T[full ? lines * width : 0]);
@@ -126,12 +124,12 @@ void sample(In* out, const Grouped& groups, const Tensor& means, const Tensor& t
       const uint32_t *lows = low, *highs = high;
       const T* m = mean.get() + piece.component * features;
       if (!full) {
-        simd<Normals<T, true>>(eps.get(), lows, highs, quads, width, key0, key1);
+        simd<Normals<T, true>>(eps.get(), lows, highs, quads, width, key0, key1, random);
         simd<StoreRows<T, In, true>>(out, eps.get(), m, deviation.get() + piece.component * features, rows,
                                      piece.samples, width, features);
         continue;
       }
-      simd<Normals<T, false>>(eps.get(), lows, highs, quads, width, key0, key1);
+      simd<Normals<T, false>>(eps.get(), lows, highs, quads, width, key0, key1, random);
       std::fill_n(z.get(), lines * width, T(0));
       for (int64_t q = 0; q < factors.count; ++q)
         tile.run(factors.panel(piece.component, q), eps.get(), z.get() + q * tile.mr * width, width, 1,
