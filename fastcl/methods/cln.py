@@ -96,10 +96,9 @@ class CLN(Generative):
     ) -> None:
         if grow not in ("fixed", "outliers") or vae_from not in ("classifier", "previous"):
             raise ValueError("grow must be fixed or outliers, and vae_from classifier or previous")
-        if show not in ("synthesised", "real"):
-            raise ValueError(f"show is {show!r} but must be synthesised or real")
-        if labels not in ("hard", "soft"):
-            raise ValueError(f"labels is {labels!r} but must be hard or soft")
+        for name, value, one, other in (("show", show, "synthesised", "real"), ("labels", labels, "hard", "soft")):
+            if value not in (one, other):
+                raise ValueError(f"{name} is {value!r} but must be {one} or {other}")
         if not 0 < spread < math.inf:
             raise ValueError(f"spread is {spread} but must be positive and finite")
         for name, value in (("latent", latent), ("replay", replay), ("sample", sample), ("rounds", rounds)):
@@ -110,13 +109,8 @@ class CLN(Generative):
         super().__init__(model, **options)
         self.finish = finish
         self.lr = options.get("lr", 1e-3)
-        self.filters, self.latent, self.latent_growth, self.grow, self.rounds = (
-            filters,
-            latent,
-            latent_growth,
-            grow,
-            rounds,
-        )
+        self.filters, self.latent, self.latent_growth = filters, latent, latent_growth
+        self.grow, self.rounds = grow, rounds
         self.replay, self.sample, self.iterations, self.vae_epochs = replay, sample, iterations, vae_epochs
         self.show, self.spread, self.labels = show, spread, labels
         self.beta, self.vae_lr, self.nflae_steps = beta, vae_lr, nflae_steps
@@ -155,15 +149,8 @@ class CLN(Generative):
             x, _ = self.training_data(task)
             x = x.to(self._device)[torch.randperm(len(x))[: self.sample]]
             rounds = self.rounds if self.grow == "outliers" else 1
-            features = learn_features(
-                self.model,
-                x,
-                self.model.convolutions(),
-                filters=self.filters,
-                old=_floats(self.old[0]),
-                rounds=rounds,
-                steps=self.nflae_steps,
-            )
+            settings = {"filters": self.filters, "rounds": rounds, "steps": self.nflae_steps}
+            features = learn_features(self.model, x, self.model.convolutions(), old=_floats(self.old[0]), **settings)
             report["features"] = [list(f) for f in features]
         missing = max(task.classes) + 1 - self.model.head.out_features
         if missing > 0:
