@@ -19,12 +19,12 @@ from ..nn import (
     dgm_scale,
     fixed_statistics,
     frozen,
-    jitter,
     plot_capacity,
     plot_size,
 )
 from ..optim import MaskedAdam
 from .method import Batches, Generative, Method
+from .progress import Progress, check_training
 
 if TYPE_CHECKING:
     from ..streams import Stream, Task
@@ -86,23 +86,19 @@ class DGM(Generative):
         for name, value in (("strength", strength), ("penalty", penalty)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} is {value} but must be finite and not negative")
-        if epochs < 1 or finish < 0:
-            raise ValueError(f"epochs is {epochs} and finish {finish} but must be at least 1 and 0")
-        if not 0 <= cooling <= 1:
-            raise ValueError(f"cooling is {cooling} but must be in [0, 1]")
+        check_training(epochs, finish, cooling)
         dgm_scale(0, 1, 0, 1, s_max, schedule)  # raises what is wrong with them
         self.lr, self.betas = options.setdefault("lr", self.usual_lr), tuple(betas)
         if options.get("optimizer") is not None:
             raise ValueError("optimizer must be left out: DGM trains with MaskedAdam, made anew for every task")
         options["optimizer"] = self._adam
         super().__init__(model, **options)
-        self.generator, self.n_epochs, self.strength = generator, epochs, strength
+        self.generator, self.strength, self.progress = generator, strength, Progress(epochs)
         self.s_max, self.schedule, self.penalty, self.clamp, self.finish = s_max, schedule, penalty, clamp, finish
         self.cooling = cooling
         self.generator_optimizer: MaskedAdam | None = None
         self.replay: tuple[Tensor, Tensor] | None = None  # images as bytes, classes
         self.replay_seed = 0
-        self._samples = self._seen = self._epoch = self._batch = 0
         self.sizes = [sum(generator.initial)]  # channels before the first task and after each
         self.shown: list[Tensor] = []
 
@@ -138,7 +134,7 @@ class DGM(Generative):
         super().begin_task(task)
         self.generator.to(self._device).train()
         _, y = self.training_data(task)
-        self._samples, self._seen, self._epoch, self._batch = len(y), 0, 0, 0
+        self.progress.begin(len(y))
         if len(self.tasks) > 1:
             self.replay_seed = int(torch.randint(2**31, ()))
             self.replay = self._remember(-(-len(y) // len(task.classes)))
@@ -179,16 +175,10 @@ class DGM(Generative):
 
     def _anneal(self, n: int) -> None:
         """The masks' scale and the optimizers' rate for the next n samples."""
-        self._batch = self._batch or n  # the first batch of a task tells the size of the others
-        batches = max(1, math.ceil(self._samples / self._batch))
-        epoch, batch = min(self._epoch, self.n_epochs - 1), min(self._seen // self._batch, batches - 1)
-        self.generator.set_scale(dgm_scale(epoch, self.n_epochs, batch, batches, self.s_max, self.schedule))
-        left = 1 - (epoch * batches + batch) / (self.n_epochs * batches)
-        for group in chain(self.optimizer.param_groups, self.generator_optimizer.param_groups):
-            group["lr"] = self.lr * (left / self.cooling if left < self.cooling else 1.0)
-        self._seen += n
-        if self._seen >= self._samples:
-            self._seen, self._epoch = 0, self._epoch + 1
+        epoch, batch, batches = self.progress.at(n)
+        self.generator.set_scale(dgm_scale(epoch, self.progress.epochs, batch, batches, self.s_max, self.schedule))
+        self.progress.cool(n, self.cooling, self.optimizer, self.generator_optimizer)
+        self.progress.advance(n)
 
     def _discriminator_step(self, x: Tensor, y: Tensor, fake: Tensor) -> float:
         self.optimizer.zero_grad()
@@ -226,27 +216,11 @@ class DGM(Generative):
                 layer.embedding.clamp_(-self.clamp, self.clamp)
 
     def _finish(self, batches: Batches) -> None:
-        """The classifier alone: on every class alike often, remembered, but half of the task's own images real."""
         x, y = (torch.cat(part) for part in zip(*batches, strict=True))
-        size = self._batch or len(x)
-        steps = self.finish * -(-len(x) // size)
         self.replay_seed = int(torch.randint(2**31, ()))
-        images, labels = self._remember(-(-len(y) // len(self.tasks[-1])))
-        own, share = y.unique(), 0.5 if self.past else 1.0
+        remembered = self._remember(-(-len(y) // len(self.tasks[-1])))
         optimizer = MaskedAdam(self.model.parameters(), self.lr)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-        for _ in range(steps):
-            picked = torch.randint(len(labels), (size,)).to(y.device)
-            seen, told = images[picked].to(x.dtype) / 255, labels[picked]
-            real = torch.isin(told, own) & (torch.rand(size).to(y.device) < share)
-            chosen = torch.randint(len(y), (int(real.sum()),)).to(y.device)
-            seen[real], told[real] = x[chosen], y[chosen]
-            optimizer.zero_grad()
-            with self.mixed():
-                loss = class_loss(self.model(jitter(seen)), told, self.classes)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+        self.learn_alone(x, y, *remembered, optimizer, self.finish, self.progress.batch or len(x))
 
     def end_task(self, batches: Batches) -> None:
         self.generator.end_task()
@@ -276,7 +250,7 @@ class DGM(Generative):
             "generator": dict(self.generator.state_dict()),
             "generator_optimizer": None if optimizer is None else optimizer.state_dict(),
             "remembered": None if self.replay is None else [self.replay_seed, len(self.replay[1])],
-            "counts": [self._samples, self._seen, self._epoch, self._batch],
+            "counts": self.progress.state(),
             "sizes": self.sizes,
             "shown": self.shown,
         }
@@ -292,7 +266,7 @@ class DGM(Generative):
         if state["remembered"] is not None:
             self.replay_seed, n = state["remembered"]
             self.replay = self._remember(n // sum(map(len, self.tasks[:-1])))
-        self._samples, self._seen, self._epoch, self._batch = state["counts"]
+        self.progress.load(state["counts"])
         self.sizes, self.shown = list(state["sizes"]), list(state["shown"])
 
 

@@ -28,6 +28,7 @@ from ..nn import (
 from ..optim import MaskedAdam, MaskedSGD, protect
 from .by_task import ByTask
 from .method import Batches, Method
+from .progress import Progress
 
 if TYPE_CHECKING:
     from ..streams import Stream, Task
@@ -102,7 +103,7 @@ class HAT(ByTask):
         self.s_max, self.strength, self.clamp = s_max, strength, clamp
         masked = isinstance(self.optimizer, (MaskedSGD, MaskedAdam))
         self._reserve = self.optimizer.reserve if masked else protect(self.optimizer, {}).reserve
-        self._samples = self._seen = self._batch = 0
+        self.progress = Progress()
 
     @classmethod
     def build(
@@ -123,7 +124,7 @@ class HAT(ByTask):
             for layer in self.layers:
                 self.optimizer.state.pop(layer.embedding, None)  # moments of another embedding
         self._reserve(self._reserved())
-        self._samples, self._seen, self._batch = len(self.training_data(task)[1]), 0, 0
+        self.progress.begin(len(self.training_data(task)[1]))
 
     def _reserved(self) -> dict[Tensor, Any]:
         """Everything that earlier tasks use: the body by unit masks, the head by its rows."""
@@ -138,17 +139,13 @@ class HAT(ByTask):
 
     def observe(self, x: Tensor, y: Tensor) -> float:
         self.check_batch(x, y)
-        if self._seen == 0:
-            self._batch = len(y)  # the first batch of an epoch tells the size of the others
-        batches = max(1, math.ceil(self._samples / self._batch))
-        set_scale(self.model, hat_scale(min(self._seen // self._batch, batches - 1), batches, self.s_max))
+        _, batch, batches = self.progress.at(len(y))
+        set_scale(self.model, hat_scale(batch, batches, self.s_max))
         try:
             loss = super().observe(x, y)
         finally:
             set_scale(self.model, self.s_max)
-        self._seen += len(y)
-        if self._seen >= self._samples:
-            self._seen = 0
+        self.progress.advance(len(y))
         with torch.no_grad():
             for layer in self.layers:
                 layer.embedding.clamp_(-self.clamp, self.clamp)
@@ -193,9 +190,9 @@ class HAT(ByTask):
         plot_capacity(self.model, path)
 
     def extra_state(self) -> dict[str, Any]:
-        return {"samples": self._samples, "seen": self._seen, "batch": self._batch}
+        return {"counts": self.progress.state()}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        self._samples, self._seen, self._batch = state["samples"], state["seen"], state["batch"]
+        self.progress.load(state["counts"])
         if self.tasks:
             self._reserve(self._reserved())

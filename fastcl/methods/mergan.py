@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ..nn import DCGAN, Discriminator, class_loss, critic_loss, fixed_statistics, frozen
 from ..ops._state import load_optimizer
 from .method import Batches, Generative, Method
+from .progress import Progress, check_training
 
 if TYPE_CHECKING:
     from ..streams import Stream, Task
@@ -34,6 +35,9 @@ class MeRGAN(Generative):
         critic_steps: of the discriminator for one of the generator; 5 in the paper.
         penalty: of the critic's gradient. betas: Adam's, of both networks.
         aligned: images of alignment in a step, shared by the earlier classes.
+        epochs: over a task's data (``fastcl run`` passes its own).
+        cooling, finish: as for :class:`fastcl.methods.DGM`; 0 and 0: the paper's. The next task goes on with the critic as
+            it was before the finish.
         lr: Adam's, of both networks. The paper has 1e-4, betas (0, .9), five critic steps and 8000 steps of the generator
             for each class; the defaults here are a CPU's.
         precision: of both networks' steps, as for :func:`fastcl.nn.mixed`.
@@ -59,6 +63,9 @@ class MeRGAN(Generative):
         penalty: float = 10.0,
         betas: tuple[float, float] = (0.5, 0.999),
         aligned: int = 64,
+        epochs: int = 8,
+        cooling: float = 0.5,
+        finish: int = 20,
         **options: Any,
     ) -> None:
         for name, value in (("strength", strength), ("penalty", penalty)):
@@ -67,11 +74,14 @@ class MeRGAN(Generative):
         for name, value in (("critic_steps", critic_steps), ("aligned", aligned)):
             if value < 1:
                 raise ValueError(f"{name} is {value} but must be at least 1")
+        check_training(epochs, finish, cooling)
         lr = options.setdefault("lr", self.usual_lr)
         options["optimizer"] = options.get("optimizer") or (lambda params: torch.optim.Adam(params, lr, betas))
         super().__init__(model, **options)
         self.generator, self.strength, self.critic_steps = generator, strength, critic_steps
-        self.penalty, self.aligned = penalty, aligned
+        self.penalty, self.aligned, self.make_optimizer = penalty, aligned, options["optimizer"]
+        self.progress, self.cooling, self.finish = Progress(epochs), cooling, finish
+        self.critic: dict[str, Tensor] | None = None  # the discriminator before the finish
         self.generator_optimizer = options["optimizer"](generator.parameters())
         self.previous: DCGAN | None = None  # the generator as the last task left it
         self.shown: list[Tensor] = []
@@ -99,6 +109,10 @@ class MeRGAN(Generative):
         super().begin_task(task)
         self.generator.to(next(self.model.parameters()).device).train()
         self._observed = 0
+        self.progress.begin(len(self.training_data(task)[1]))
+        if self.critic is not None:
+            self.model.load_state_dict(self.critic)
+            self.critic = None
         if len(self.tasks) > 1:
             self.previous = copy.deepcopy(self.generator).eval()
 
@@ -111,6 +125,8 @@ class MeRGAN(Generative):
         """A step of the discriminator and, every `critic_steps` times, one of the generator; the class head's loss."""
         self.check_batch(x, y)
         n, device = len(x), x.device
+        self.progress.cool(n, self.cooling, self.optimizer, self.generator_optimizer)
+        self.progress.advance(n)
         before = self._past(n, device) if self.previous is not None else y[:0]
         with torch.no_grad():
             old = self.previous(self._z(n, device), before) if len(before) else x[:0]
@@ -159,6 +175,14 @@ class MeRGAN(Generative):
         self.generator_optimizer.step()
 
     def end_task(self, batches: Batches) -> None:
+        if self.finish:
+            x, y = (torch.cat(part) for part in zip(*batches, strict=True))
+            self.critic = copy.deepcopy(self.model.state_dict())
+            each = -(-len(y) // len(self.tasks[-1]))
+            labels = torch.tensor(self.classes, device=y.device).repeat_interleave(each)
+            images = torch.cat([(self.generator.sample(part) * 255).round().byte() for part in labels.split(1024)])
+            optimizer = self.make_optimizer(self.model.parameters())
+            self.learn_alone(x, y, images, labels, optimizer, self.finish, self.progress.batch or len(x))
         self.shown.append(self.generate(100)[0].cpu())
 
     def generate(self, n: int) -> tuple[Tensor, Tensor]:
@@ -172,6 +196,8 @@ class MeRGAN(Generative):
             "previous": None if self.previous is None else dict(self.previous.state_dict()),
             "shown": self.shown,
             "observed": self._observed,
+            "counts": self.progress.state(),
+            "critic": self.critic,
         }
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
@@ -179,6 +205,8 @@ class MeRGAN(Generative):
         self.generator.train()
         load_optimizer(self.generator_optimizer, state["generator_optimizer"], "state.extra.generator_optimizer")
         self.previous, self.shown, self._observed = None, list(state["shown"]), state["observed"]
+        self.progress.load(state["counts"])
+        self.critic = state["critic"]
         if state["previous"] is not None:
             self.previous = copy.deepcopy(self.generator).eval()
             self.previous.load_state_dict(state["previous"])

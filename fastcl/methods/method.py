@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..importance import Regulariser
-from ..nn import Exemplars, Replay, make_generator, mixed, mlp, plot_images
+from ..nn import Exemplars, Replay, class_loss, jitter, make_generator, mixed, mlp, plot_images
 from ..nn.distill import entropy_within_tasks
 from ..nn.precision import check_precision
 from ..ops._state import check_keys, check_like, check_method, load_optimizer, load_whole, tasks_of
@@ -292,6 +292,37 @@ class Generative(Method):
     def plot_generated(self, path: str | Path) -> None:
         """The generated images after each task."""
         plot_images({f"after task {t + 1}": x.float() for t, x in enumerate(self.shown)}, path)
+
+    def learn_alone(
+        self,
+        x: Tensor,
+        y: Tensor,
+        images: Tensor,
+        labels: Tensor,
+        optimizer: torch.optim.Optimizer,
+        passes: int,
+        size: int,
+    ) -> None:
+        """The classifier without the critic, `passes` over the task: the rate falls to 0, images are moved a little.
+
+        Every class alike often, `images` (bytes) generated of `labels`; of the task's own classes half are real,
+        (x, y), once there are others.
+        """
+        steps = passes * -(-len(x) // size)
+        own, share = y.unique(), 0.5 if self.past else 1.0
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+        for _ in range(steps):
+            picked = torch.randint(len(labels), (size,)).to(y.device)
+            seen, told = images[picked].to(x.dtype) / 255, labels[picked]
+            real = torch.isin(told, own) & (torch.rand(size).to(y.device) < share)
+            chosen = torch.randint(len(y), (int(real.sum()),)).to(y.device)
+            seen[real], told[real] = x[chosen], y[chosen]
+            optimizer.zero_grad()
+            with self.mixed():
+                loss = class_loss(self.model(jitter(seen)), told, self.classes)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
 
     def _evenly(self, n: int) -> Tensor:
         """n output units, all seen so far alike often, sorted."""

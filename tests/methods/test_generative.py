@@ -136,8 +136,6 @@ def test_dgm_s_rates_fall_to_0_over_the_last_part_of_a_task() -> None:
     half = len(rates) // 2
     assert rates[: half + 1] == [1e-3] * (half + 1)
     assert rates[half:] == pytest.approx([1e-3 * (half - i) / half for i in range(half)])
-    with pytest.raises(ValueError, match=r"cooling is 1\.5 but must be in \[0, 1\]"):
-        METHODS["dgm-w"].build(STREAM, **GAN, cooling=1.5)
 
 
 def test_dgm_s_classifier_sees_every_class_alike_often(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,17 +152,20 @@ def test_dgm_s_classifier_sees_every_class_alike_often(monkeypatch: pytest.Monke
     assert (seen[0] < 4).sum() == 32
 
 
-def test_dgm_s_finish_shows_every_class_alike_often_and_half_of_its_own_real(monkeypatch: pytest.MonkeyPatch) -> None:
-    learner = run_tasks(METHODS["dgm-w"].build(STREAM, **GAN, finish=0), STREAM, 1)
+@pytest.mark.parametrize("name", ["dgm-w", "mergan-joint"])
+def test_the_finish_shows_every_class_alike_often_and_half_of_its_own_real(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = run_tasks(METHODS[name].build(STREAM, **GAN, finish=0), STREAM, 1)
     learner.begin_task(STREAM.tasks[1])
     x, y = STREAM.tasks[1].train()
     learner.observe(x[:64], y[:64])
     learner.finish = 20
     seen: list[tuple[Tensor, Tensor]] = []
     images: list[Tensor] = []
-    monkeypatch.setattr("fastcl.methods.dgm.jitter", lambda x: images.append(x) or x)
+    monkeypatch.setattr("fastcl.methods.method.jitter", lambda x: images.append(x) or x)
     monkeypatch.setattr(
-        "fastcl.methods.dgm.class_loss",
+        "fastcl.methods.method.class_loss",
         lambda logits, y, classes: seen.append((images[-1], y)) or logits.sum() * 0,
     )
     learner.end_task([(x, y)])
@@ -175,6 +176,27 @@ def test_dgm_s_finish_shows_every_class_alike_often_and_half_of_its_own_real(mon
     assert (share - 0.25).abs().max() < 0.03
     assert not real[told < 2].any()
     assert real[told >= 2].float().mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_mergan_goes_on_with_the_critic_as_it_was_before_the_finish() -> None:
+    learner = run_tasks(METHODS["mergan-joint"].build(STREAM, **GAN, finish=0), STREAM, 1)
+    before = {name: p.clone() for name, p in learner.model.state_dict().items()}
+    learner.finish = 1
+    x, y = STREAM.tasks[0].train()
+    learner.end_task([(x, y)])
+    assert any(not torch.equal(p, before[name]) for name, p in learner.model.state_dict().items())
+    again = METHODS["mergan-joint"].build(STREAM, **GAN)
+    again.load_state_dict(learner.state_dict())
+    for one in (learner, again):
+        one.begin_task(STREAM.tasks[1])
+        assert all(torch.equal(p, before[name]) for name, p in one.model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["dgm-w", "mergan-align"])
+def test_wrong_training_is_refused(name: str) -> None:
+    for option, wrong in (("cooling", 1.5), ("epochs", 0), ("finish", -1)):
+        with pytest.raises(ValueError, match=f"{option} (is )?{wrong}"):
+            METHODS[name].build(STREAM, **GAN, **{option: wrong})
 
 
 def test_mergan_aligns_by_the_paper_s_term(monkeypatch: pytest.MonkeyPatch) -> None:

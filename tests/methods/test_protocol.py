@@ -32,8 +32,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "finish": 2,
         "show": "real",  # a VAE of one step generates nothing
     },
-    **dict.fromkeys(("mergan-joint", "mergan-align"), GAN),
-    **{name: {**GAN, "finish": 1} for name in ("dgm-w", "dgm-a")},
+    **{name: {**GAN, "finish": 1} for name in ("mergan-joint", "mergan-align", "dgm-w", "dgm-a")},
     "latent-generative-memory": {"hidden": (32,), "finish": 5},  # its GAN has hallucinated for a few steps only
 }
 CONVOLVES = [name for name, options in SMALL.items() if "width" in options]
