@@ -319,7 +319,7 @@ def test_killed_and_resumed_is_as_never_killed(how: list[str]) -> None:
     """Two kills of EWC and of HAT; 50 of each of four methods: `make kills`."""
     command = [sys.executable, str(KILLS), "--kills", "2", "--each", "2", "--epochs", "2", *how, "ewc", "hat"]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("as one never killed, to the bit") == 2
