@@ -72,7 +72,7 @@ def test_nothing_imports_upwards_or_sideways(path: Path) -> None:
     if inside[0] in layers:
         assert all(within(name, *layers[inside[0]]) for name in mine), mine
     if inside[0] == "methods" and inside[1] != "__init__.py":
-        bases = ["fastcl.methods.method", "fastcl.methods.by_task"]
+        bases = [f"fastcl.methods.{name}" for name in ("method", "by_task", "progress")]
         allowed = [*bases, "fastcl.importance", "fastcl.nn", "fastcl.optim", "fastcl.ops"]
         types_only = "fastcl.streams"
         assert all(within(name, *allowed, types_only) or name == "fastcl.methods" for name in mine), mine

@@ -182,8 +182,7 @@ def test_mergan_goes_on_with_the_critic_as_it_was_before_the_finish() -> None:
     learner = run_tasks(METHODS["mergan-joint"].build(STREAM, **GAN, finish=0), STREAM, 1)
     before = {name: p.clone() for name, p in learner.model.state_dict().items()}
     learner.finish = 1
-    x, y = STREAM.tasks[0].train()
-    learner.end_task([(x, y)])
+    learner.end_task([STREAM.tasks[0].train()])
     assert any(not torch.equal(p, before[name]) for name, p in learner.model.state_dict().items())
     again = METHODS["mergan-joint"].build(STREAM, **GAN)
     again.load_state_dict(learner.state_dict())
