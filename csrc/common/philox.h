@@ -14,20 +14,23 @@ struct Philox {
   uint32_t word[4];
 };
 
+constexpr uint32_t kPhiloxM0 = 0xD2511F53, kPhiloxM1 = 0xCD9E8D57;  // the round's factors
+constexpr uint32_t kPhiloxW0 = 0x9E3779B9, kPhiloxW1 = 0xBB67AE85;  // what the key grows by
+
 // Straight-line code on 32-bit words: a loop over counters vectorises, but see philox_words.
 FASTCL_HD Philox philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t key0, uint32_t key1) {
 #ifdef __GNUC__
 #pragma GCC unroll 10
 #endif
   for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = uint64_t(0xD2511F53u) * c0, product1 = uint64_t(0xCD9E8D57u) * c2;
+    const uint64_t product0 = uint64_t(kPhiloxM0) * c0, product1 = uint64_t(kPhiloxM1) * c2;
     const uint32_t high0 = static_cast<uint32_t>(product0 >> 32), high1 = static_cast<uint32_t>(product1 >> 32);
     c0 = high1 ^ c1 ^ key0;
     c1 = static_cast<uint32_t>(product1);
     c2 = high0 ^ c3 ^ key1;
     c3 = static_cast<uint32_t>(product0);
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
+    key0 += kPhiloxW0;
+    key1 += kPhiloxW1;
   }
   return {{c0, c1, c2, c3}};
 }
@@ -36,24 +39,22 @@ FASTCL_HD Philox philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint
 using PhiloxWords = void (*)(uint32_t* words, int64_t stride, uint32_t c0, const uint32_t* c1, const uint32_t* c3,
                              int64_t n, uint32_t key0, uint32_t key1);
 
-struct PlainPhiloxWords {
-  static FASTCL_HD void run(uint32_t* FASTCL_RESTRICT words, int64_t stride, uint32_t c0,
-                            const uint32_t* FASTCL_RESTRICT c1, const uint32_t* FASTCL_RESTRICT c3, int64_t n,
-                            uint32_t key0, uint32_t key1) {
-    for (int64_t s = 0; s < n; ++s) {
-      const Philox found = philox(c0, c1[s], 0, c3[s], key0, key1);
-      for (int w = 0; w < 4; ++w) words[w * stride + s] = found.word[w];
-    }
+inline void philox_words_plain(uint32_t* FASTCL_RESTRICT words, int64_t stride, uint32_t c0,
+                               const uint32_t* FASTCL_RESTRICT c1, const uint32_t* FASTCL_RESTRICT c3, int64_t n,
+                               uint32_t key0, uint32_t key1) {
+  for (int64_t s = 0; s < n; ++s) {
+    const Philox found = philox(c0, c1[s], 0, c3[s], key0, key1);
+    for (int w = 0; w < 4; ++w) words[w * stride + s] = found.word[w];
   }
-};
+}
 
 #ifdef FASTCL_X86
-// A third of the plain loop's time. gcc takes every product apart into 32-bit lanes and puts it together again; here
+// By intrinsics: of the plain loop gcc takes every product apart into 32-bit lanes and puts it together again. Here
 // counters stay in 64-bit lanes, even ones in `a` and odd ones in `b`, and whatever the upper halves hold is ignored by
 // the next multiplication.
 FASTCL_AVX2 inline void philox_words_avx2(uint32_t* words, int64_t stride, uint32_t c0, const uint32_t* c1,
                                           const uint32_t* c3, int64_t n, uint32_t key0, uint32_t key1) {
-  const __m256i m0 = _mm256_set1_epi64x(0xD2511F53), m1 = _mm256_set1_epi64x(0xCD9E8D57);
+  const __m256i m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1);
   const __m256i lower = _mm256_set1_epi64x(0xFFFFFFFF);
   int64_t s = 0;
   for (; s + 8 <= n; s += 8) {
@@ -64,7 +65,7 @@ FASTCL_AVX2 inline void philox_words_avx2(uint32_t* words, int64_t stride, uint3
     __m256i b[4] = {first, _mm256_srli_epi64(low, 32), zero, _mm256_srli_epi64(high, 32)};
     uint32_t k0 = key0, k1 = key1;
 #pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+    for (int round = 0; round < 10; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1) {
       const __m256i key_a = _mm256_set1_epi32(static_cast<int>(k0)), key_b = _mm256_set1_epi32(static_cast<int>(k1));
       for (__m256i* c : {a, b}) {
         const __m256i product0 = _mm256_mul_epu32(c[0], m0), product1 = _mm256_mul_epu32(c[2], m1);
@@ -78,16 +79,15 @@ FASTCL_AVX2 inline void philox_words_avx2(uint32_t* words, int64_t stride, uint3
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(words + w * stride + s),
                           _mm256_or_si256(_mm256_and_si256(a[w], lower), _mm256_slli_epi64(b[w], 32)));
   }
-  if (s < n) PlainPhiloxWords::run(words + s, stride, c0, c1 + s, c3 + s, n - s, key0, key1);
+  if (s < n) philox_words_plain(words + s, stride, c0, c1 + s, c3 + s, n - s, key0, key1);
 }
 #endif
 
-inline PhiloxWords philox_words() {
+inline PhiloxWords philox_words() {  // for this CPU; the words are the same
 #ifdef FASTCL_X86
   if (isa() != Isa::baseline) return philox_words_avx2;
 #endif
-  return [](uint32_t* words, int64_t stride, uint32_t c0, const uint32_t* c1, const uint32_t* c3, int64_t n,
-            uint32_t key0, uint32_t key1) { PlainPhiloxWords::run(words, stride, c0, c1, c3, n, key0, key1); };
+  return philox_words_plain;
 }
 
 }  // namespace fastcl

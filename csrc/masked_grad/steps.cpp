@@ -22,26 +22,12 @@ struct Keep {
     return protection == Protection::shares ? g * free[i] : g;
   }
   FASTCL_HD T operator()(T x, int64_t i, arithmetic_t<T> value) const {  // the value, or x where it is protected
-    if constexpr (!std::is_same_v<T, arithmetic_t<T>>) {
-      if constexpr (protection == Protection::nothing) store(&x, value);
-      if constexpr (protection == Protection::words) x = choose(words[i] < 0, x, value);
-      if constexpr (protection == Protection::shares) x = choose(free[i] == 0, x, value);
-      return x;
-    } else {  // no address is taken, or gcc stores every result a second time, on the stack
-      if constexpr (protection == Protection::nothing) return value;
-      return (protection == Protection::words ? words[i] < 0 : free[i] == 0) ? x : value;
-    }
+    if constexpr (protection == Protection::nothing) store(&x, value);
+    if constexpr (protection == Protection::words) x = choose(words[i] < 0, x, value);
+    if constexpr (protection == Protection::shares) x = choose(free[i] == 0, x, value);
+    return x;
   }
 };
-
-// What a local number is in the arithmetic type.
-template <class T>
-FASTCL_HD arithmetic_t<T> wide(T x) {
-  if constexpr (std::is_same_v<T, arithmetic_t<T>>)
-    return x;
-  else
-    return load(&x);
-}
 
 // body(keep, first, n) for every block of a piece. Blocks of a fixed few, so that a mask is unpacked while the square
 // roots and divisions of the block before it are under way.
@@ -72,7 +58,7 @@ FASTCL_HD void in_blocks(const MaskView& mask, int64_t begin, int64_t n, const B
 // In both steps every old value is read before the first store: big arrays begin at the same place in their pages, and
 // a CPU takes the load of one for a load of what was just stored to another (4 KiB aliasing: up to 1.8 times the time).
 // What is the same for a whole piece is settled outside its loop for float: asked within, gcc's code for the usual case
-// is a seventh slower. The other types ask: each answer is compiled for every mask and instruction set.
+// is slower. The other types ask: each answer is compiled for every mask and instruction set.
 enum class Settled { no, yes, ask };
 
 template <Settled decays, class Step, class A>
@@ -104,10 +90,10 @@ struct SgdStep {
     FASTCL_ROLLED
     for (int64_t i = 0; i < n; ++i) {
       const T old_p = p[i];
-      const A weight = wide(old_p), gradient = decayed<decays>(sgd, weight, keep.gradient(load(g + i), i));
+      const A weight = load(&old_p), gradient = decayed<decays>(sgd, weight, keep.gradient(load(g + i), i));
       if constexpr (kMomentum) {
         const T old_b = b[i];
-        const A before = wide(old_b);
+        const A before = load(&old_b);
         const A buffer = kRunning ? sgd.buffered(before, gradient) : sgd.started(before, gradient);
         const A direction = kRunning ? buffer : sgd.direction(buffer, gradient);
         const T new_p = keep(old_p, i, sgd.update(weight, direction));
@@ -143,9 +129,9 @@ struct AdamStep {
     FASTCL_ROLLED
     for (int64_t i = 0; i < n; ++i) {
       const T old_p = p[i], old_m1 = m1[i], old_m2 = m2[i], old_largest = kLargest ? largest[i] : T{};
-      const A weight = wide(old_p), gradient = decayed<decays>(adam, weight, keep.gradient(load(g + i), i));
-      const A mean = adam.mean(wide(old_m1), gradient), square = adam.square(wide(old_m2), gradient);
-      const A scale = kLargest ? adam.largest(wide(old_largest), square) : square;
+      const A weight = load(&old_p), gradient = decayed<decays>(adam, weight, keep.gradient(load(g + i), i));
+      const A mean = adam.mean(load(&old_m1), gradient), square = adam.square(load(&old_m2), gradient);
+      const A scale = kLargest ? adam.largest(load(&old_largest), square) : square;
       const T new_p = keep(old_p, i, adam.update(weight, mean, scale));
       const T new_m1 = keep(old_m1, i, mean), new_m2 = keep(old_m2, i, square);
       const T new_largest = keep(old_largest, i, scale);

@@ -149,8 +149,10 @@ class CLN(Generative):
             x, _ = self.training_data(task)
             x = x.to(self._device)[torch.randperm(len(x))[: self.sample]]
             rounds = self.rounds if self.grow == "outliers" else 1
-            settings = {"filters": self.filters, "rounds": rounds, "steps": self.nflae_steps}
-            features = learn_features(self.model, x, self.model.convolutions(), old=_floats(self.old[0]), **settings)
+            names, old = self.model.convolutions(), _floats(self.old[0])
+            features = learn_features(
+                self.model, x, names, filters=self.filters, old=old, rounds=rounds, steps=self.nflae_steps
+            )
             report["features"] = [list(f) for f in features]
         missing = max(task.classes) + 1 - self.model.head.out_features
         if missing > 0:
@@ -242,7 +244,7 @@ class CLN(Generative):
             old = F.cross_entropy(found[mine:, known], torch.searchsorted(known, labels[picked]))
         else:
             old = distillation(found[mine:], before[picked], self.past, self.classes)
-        return (len(x[:mine]) * new + len(picked) * old) / len(found)
+        return (mine * new + len(picked) * old) / len(found)
 
     @torch.no_grad()
     def predict(self, x: Tensor, task: Task | int | None = None) -> Tensor:

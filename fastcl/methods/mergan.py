@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..nn import DCGAN, Discriminator, class_loss, critic_loss, fixed_statistics, frozen
-from ..ops._state import load_optimizer
+from ..ops._state import check_module, load_optimizer
 from .method import Batches, Generative, Method
 from .progress import Progress, check_training
 
@@ -177,7 +177,7 @@ class MeRGAN(Generative):
     def end_task(self, batches: Batches) -> None:
         if self.finish:
             x, y = (torch.cat(part) for part in zip(*batches, strict=True))
-            self.critic = copy.deepcopy(self.model.state_dict())
+            self.critic = copy.deepcopy(dict(self.model.state_dict()))
             each = -(-len(y) // len(self.tasks[-1]))
             labels = torch.tensor(self.classes, device=y.device).repeat_interleave(each)
             images = torch.cat([(self.generator.sample(part) * 255).round().byte() for part in labels.split(1024)])
@@ -206,7 +206,10 @@ class MeRGAN(Generative):
         load_optimizer(self.generator_optimizer, state["generator_optimizer"], "state.extra.generator_optimizer")
         self.previous, self.shown, self._observed = None, list(state["shown"]), state["observed"]
         self.progress.load(state["counts"])
-        self.critic = state["critic"]
+        self.critic = None
+        if state["critic"] is not None:
+            check_module(self.model, state["critic"], "state.extra.critic")
+            self.critic = dict(state["critic"])
         if state["previous"] is not None:
             self.previous = copy.deepcopy(self.generator).eval()
             self.previous.load_state_dict(state["previous"])
