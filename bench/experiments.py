@@ -1,16 +1,19 @@
 """Accuracies on real MNIST: `python bench/experiments.py TABLE [--jobs 2]` runs what is missing and writes the table.
 
-Every run is one line of bench/results/<TABLE>.jsonl, appended when it ends: a command that was stopped goes on where it
-was. The table is bench/results/<TABLE>.md. Each run has one thread, so that `--jobs` of them share a machine.
+Every run is one line of bench/results/<TABLE>.jsonl, appended when it ends, and until then a checkpoint in
+out/experiments: a command that was stopped goes on where it was (remove that folder after changes to what it trains).
+The table is bench/results/<TABLE>.md. Each run has one thread, so that `--jobs` of them share a machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
 import re
+import shutil
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +28,7 @@ from fastcl.methods import METHODS
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+UNDER_WAY = HERE.parent / "out" / "experiments"
 SEEDS = range(5)
 
 
@@ -249,8 +253,16 @@ def run(job: tuple[str, dict[str, Any], str]) -> dict[str, Any]:
             **separate(Config(data="mnist", data_root=data_root, **{**arguments, "method": "finetune"})),
         }
     finetune = arguments.pop("finetune", 0)
-    learner = Run(Config(data="mnist", data_root=data_root, **arguments))
-    result = learner.train()
+    folder = UNDER_WAY / hashlib.sha256(key.encode()).hexdigest()[:16]
+    clock, resume = folder / "processor-seconds", (folder / "state.json").exists()
+    before = float(clock.read_text()) if resume and clock.exists() else 0.0
+
+    def report(task: int, epoch: int, batch: int, batches: int, loss: float) -> None:
+        if (task or epoch) and batch in (0, batches - 1):  # beside a checkpoint: of the epoch or the task before
+            clock.write_text(f"{before + time.process_time()}")
+
+    learner = Run(Config(data="mnist", data_root=data_root, **arguments), folder, resume=resume)
+    result = learner.train(report)
     if finetune:
         learner.learner.finetune(learner.stream.tasks, finetune)
         last = [learner._accuracy(task, restrict=True) for task in learner.stream.tasks]
@@ -259,7 +271,7 @@ def run(job: tuple[str, dict[str, Any], str]) -> dict[str, Any]:
     kept = ("average_accuracy", "forgetting", "accuracy", "acc_generated", "parameters", "memory", "seconds")
     kept += ("versions",)
     # of the processor, not of the wall: the same whatever else runs here
-    line = {"key": key, **{name: result[name] for name in kept}, "seconds": time.process_time()}
+    line = {"key": key, **{name: result[name] for name in kept}, "seconds": before + time.process_time()}
     if hasattr(learner.learner, "parameters_used"):
         line["parameters"] = learner.learner.parameters_used()
     if hasattr(learner.learner, "sizes"):
@@ -270,6 +282,7 @@ def run(job: tuple[str, dict[str, Any], str]) -> dict[str, Any]:
             label = re.sub(r"[^a-z]+", "-", json.loads(key)["label"].lower()).strip("-")
             name = f"{label}-{arguments['scenario']}-{picture.removeprefix('plot_')}.png"
             getattr(learner.learner, picture)(RESULTS / name)
+    shutil.rmtree(folder)
     return line
 
 
