@@ -257,7 +257,11 @@ def run(job: tuple[str, dict[str, Any], str]) -> dict[str, Any]:
     clock, resume = folder / "processor-seconds", (folder / "state.json").exists()
     before = float(clock.read_text()) if resume and clock.exists() else 0.0
 
+    parent = os.getppid()
+
     def report(task: int, epoch: int, batch: int, batches: int, loss: float) -> None:
+        if os.getppid() != parent:
+            sys.exit("the command that started this run was killed")
         if (task or epoch) and batch in (0, batches - 1):  # beside a checkpoint: of the epoch or the task before
             clock.write_text(f"{before + time.process_time()}")
 
