@@ -160,6 +160,11 @@ def _sampled(s: Shape, d: torch.dtype, layout: Layout, kind: str = "full") -> tu
     return layout(labels), means, scale, torch.tensor([2**40 + 7])
 
 
+def _weighted(s: Shape, d: torch.dtype, layout: Layout, kind: str) -> tuple[Any, ...]:
+    _, x, means, scale = _mixture(s, d, layout, kind)
+    return x, layout(torch.tensor([0.5, 0.0, 2.0], dtype=d)), means, scale
+
+
 # The key is the op's name, and what is special about the sample after a colon.
 OPS: dict[str, Sample] = {
     "masked_grad_": Sample(_masked, mutates=1),
@@ -248,6 +253,10 @@ OPS: dict[str, Sample] = {
         lambda s, d, layout: _mixture(s, d, layout, "diagonal")[1:], shaped=False, large=(9000, 65)
     ),
     "gmm_log_prob:spherical": Sample(lambda s, d, layout: _mixture(s, d, layout, "spherical")[1:], shaped=False),
+    "gmm_responsibilities": Sample(
+        lambda s, d, layout: _weighted(s, d, layout, "full"), shaped=False, large=(3000, 33)
+    ),
+    "gmm_responsibilities:diagonal": Sample(lambda s, d, layout: _weighted(s, d, layout, "diagonal"), shaped=False),
     "gmm_statistics": Sample(
         lambda s, d, layout: (values(s, d, layout), values((s[0], 3), d, layout), values((3, s[1]), d), True),
         shaped=False,

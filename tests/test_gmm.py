@@ -198,6 +198,65 @@ def test_nan_stays_with_its_sample() -> None:
 # ---- moments ----
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("d", WIDTHS)
+def test_responsibilities_are_bayes_rule(kind: str, d: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    k, n = 5, 101
+    means, scale = mixture(k, d, kind, dtype)
+    x, weights = 2 * torch.randn(n, d, dtype=dtype), torch.rand(k, dtype=dtype)
+    wide = torch.distributions.MultivariateNormal(means.double(), scale_tril=whole(scale, d).double())
+    joint = wide.log_prob(x.double().unsqueeze(1)) + weights.double().log()
+    shares, density = fastcl.ops.gmm_responsibilities(x, weights, means, scale)
+    precision = {"rtol": 1e-10, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(density.double(), joint.logsumexp(1), **precision)
+    torch.testing.assert_close(shares.double(), joint.softmax(1), **precision)
+
+
+def test_far_components_have_no_share() -> None:
+    """Zero, not a subnormal number: by a weight of 0, and where less than e^-60 is left."""
+    means, ones = torch.tensor([[0.0], [5.0], [10.0], [14.0]]), torch.ones(4, 1)
+    shares, density = fastcl.ops.gmm_responsibilities(
+        torch.zeros(1, 1), torch.tensor([1.0, 0.0, 1.0, 1.0]), means, ones
+    )
+    assert shares[0, 0] == 1
+    assert shares[0, 1] == shares[0, 3] == 0
+    assert shares[0, 2].item() == pytest.approx(math.exp(-50), rel=1e-5)
+    assert density.item() == pytest.approx(-0.5 * math.log(2 * math.pi))
+
+
+@pytest.mark.parametrize("at", [0, 47, 48, 100])
+@pytest.mark.parametrize("kind", KINDS)
+def test_responsibilities_of_a_nan_sample_are_nan(kind: str, at: int) -> None:
+    means, scale = mixture(3, 4, kind)
+    x = torch.randn(101, 4, dtype=torch.float64)
+    whole_x = fastcl.ops.gmm_responsibilities(x, torch.ones(3).double(), means, scale)
+    for value in (math.nan, math.inf):
+        x[at, 2] = value
+        for found, before in zip(
+            fastcl.ops.gmm_responsibilities(x, torch.ones(3).double(), means, scale), whole_x, strict=True
+        ):
+            assert found[at].isnan().all()
+            keep = torch.arange(101) != at
+            assert torch.equal(found[keep], before[keep])
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ([1.0, -0.5], "weights of component 1 is -0.5 but must be finite and not negative"),
+        ([math.inf, 1.0], "weights of component 0 is inf but must be finite and not negative"),
+        ([1.0, math.nan], "weights of component 1 is nan but must be finite and not negative"),
+        ([0.0, 0.0], "weights are all 0"),
+        ([1.0], r"weights must be \[K\] with the K of means, 2"),
+    ],
+)
+def test_wrong_weights_are_refused(weights: list[float], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        fastcl.ops.gmm_responsibilities(torch.zeros(3, 1), torch.tensor(weights), torch.zeros(2, 1), torch.ones(2, 1))
+
+
 @pytest.mark.parametrize("full", [True, False])
 @pytest.mark.parametrize("d", WIDTHS)
 def test_statistics_are_their_definition(full: bool, d: int) -> None:

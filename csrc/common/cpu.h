@@ -103,6 +103,18 @@ auto simd(Args... args) {
   return Body::run(args...);
 }
 
+inline int vector_bytes() { return isa() == Isa::avx512 ? 64 : isa() == Isa::avx2 ? 32 : 16; }
+
+// The same for a body that is told vector_bytes().
+template <template <int> class Body, class... Args>
+auto simd_of_width(Args... args) {
+#ifdef FASTCL_X86
+  if (isa() == Isa::avx512) return run_avx512<Body<64>>(args...);
+  if (isa() == Isa::avx2) return run_avx2<Body<32>>(args...);
+#endif
+  return Body<16>::run(args...);
+}
+
 // ---- threads ----
 
 template <class F>

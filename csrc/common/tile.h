@@ -1,6 +1,7 @@
 // The register tile under every product: one MR x NR block of sum_p g[p, o] a[p, i]. Where there are several samples it
 // takes |.|^power of each one's block before it sums them, without the per-sample block ever leaving the registers.
 #pragma once
+#include "lanes.h"
 #include "math.h"
 
 namespace fastcl {
@@ -15,30 +16,7 @@ using TileFunction = void (*)(const T* g, const T* a, T* out, int64_t ldo, int64
 template <class T, int MR_, int VECTORS, int WIDTH>
 struct Tile {
   static constexpr int MR = MR_, NR = VECTORS * WIDTH;
-#ifdef __GNUC__
-  typedef T Vector __attribute__((vector_size(WIDTH * sizeof(T)), aligned(sizeof(T)), may_alias));
-#else
-  struct Vector {  // the same arithmetic for compilers without vector types
-    T x[WIDTH];
-    friend Vector operator*(Vector a, const Vector& b) {
-      for (int i = 0; i < WIDTH; ++i) a.x[i] *= b.x[i];
-      return a;
-    }
-    friend Vector operator*(Vector a, T b) {
-      for (int i = 0; i < WIDTH; ++i) a.x[i] *= b;
-      return a;
-    }
-    Vector& operator+=(const Vector& b) {
-      for (int i = 0; i < WIDTH; ++i) x[i] += b.x[i];
-      return *this;
-    }
-    Vector operator-() const {
-      Vector a;
-      for (int i = 0; i < WIDTH; ++i) a.x[i] = -x[i];
-      return a;
-    }
-  };
-#endif
+  using Vector = typename Lanes<T, WIDTH>::Vector;
 
   static FASTCL_HD Vector absolute(Vector v) {
     const T* x = reinterpret_cast<const T*>(&v);

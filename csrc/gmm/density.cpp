@@ -1,5 +1,6 @@
 // gmm_log_prob: log N(x | mu_k, L_k L_k^T) for every sample and component. y = L^-1 (x - mu) is a product of tiles with
-// the inverse factor, which is taken once a component in double.
+// the inverse factor, which is taken once a component in double. gmm_responsibilities: the mixture's density and the
+// components' shares of it, EM's E-step, while a block's log densities lie in the cache.
 #include <cmath>
 
 #include "blocks.h"
@@ -8,14 +9,20 @@
 namespace fastcl {
 namespace {
 
-constexpr const char* kOp = "gmm_log_prob";
-
 template <class T, class In>
 struct Gather {  // rows of x as [features][width]; beyond `n` zeros
   static FASTCL_HD void run(T* FASTCL_RESTRICT to, const In* FASTCL_RESTRICT x, int64_t n, int64_t features,
                             int64_t width) {
-    for (int64_t s = 0; s < width; ++s)
-      for (int64_t j = 0; j < features; ++j) to[j * width + s] = s < n ? load(x + s * features + j) : T(0);
+    int64_t j = 0;
+    for (; j + 8 <= features; j += 8) some<8>(to + j * width, x + j, n, features, width);
+    for (; j < features; ++j) some<1>(to + j * width, x + j, n, features, width);
+  }
+  template <int count>  // features at a time, whose lines in the cache are then still there for the next sample
+  static FASTCL_HD void some(T* FASTCL_RESTRICT to, const In* FASTCL_RESTRICT x, int64_t n, int64_t features,
+                             int64_t width) {
+    for (int64_t s = 0; s < n; ++s)
+      for (int j = 0; j < count; ++j) to[j * width + s] = load(x + s * features + j);
+    for (int j = 0; j < count; ++j) std::fill_n(to + j * width + n, width - n, T(0));
   }
 };
 
@@ -28,24 +35,21 @@ struct Shift {  // to[j][s] = x[j][s] - mu[j]
   }
 };
 
+// Samples side by side where there is no factor: their sums, a known number, stay in registers.
+template <class T>
+constexpr int64_t kLanes = 192 / sizeof(T);
+
 template <class T>
 struct ScaledSquares {  // total[s] = sum_j ((x[j][s] - mu[j]) inverse[j])^2
   static FASTCL_HD void run(T* FASTCL_RESTRICT total, const T* FASTCL_RESTRICT x, const T* FASTCL_RESTRICT mean,
-                            const T* FASTCL_RESTRICT inverse, int64_t features, int64_t width) {
-    std::fill_n(total, width, T(0));
-    int64_t s = 0;  // pieces of a known length are unrolled: 1.6 times as fast
-    for (; s + 48 <= width; s += 48) add<48>(total + s, x + s, mean, inverse, features, width);
-    for (; s + 8 <= width; s += 8) add<8>(total + s, x + s, mean, inverse, features, width);
-    for (; s < width; s += 4) add<4>(total + s, x + s, mean, inverse, features, width);
-  }
-  template <int n>
-  static FASTCL_HD void add(T* FASTCL_RESTRICT total, const T* FASTCL_RESTRICT x, const T* FASTCL_RESTRICT mean,
-                            const T* FASTCL_RESTRICT inverse, int64_t features, int64_t width) {
+                            const T* FASTCL_RESTRICT inverse, int64_t features) {
+    T sums[kLanes<T>] = {};
     for (int64_t j = 0; j < features; ++j)
-      for (int s = 0; s < n; ++s) {
-        const T y = (x[j * width + s] - mean[j]) * inverse[j];
-        total[s] += y * y;
+      for (int s = 0; s < kLanes<T>; ++s) {
+        const T y = (x[j * kLanes<T> + s] - mean[j]) * inverse[j];
+        sums[s] += y * y;
       }
+    std::copy_n(sums, kLanes<T>, total);
   }
 };
 
@@ -63,83 +67,193 @@ void invert(std::vector<double>& inverse, const std::vector<double>& l, int64_t 
   }
 }
 
+// Log densities [components][width] of the samples of a block, whose width this knows.
 template <class In>
-void log_prob(In* out, const Tensor& x, const Tensor& means, const Tensor& trils, Covariance covariance) {
+struct Density {
   using T = arithmetic_t<In>;
-  const int64_t n = x.size(0), components = means.size(0), features = means.size(1);
-  const TileChoice<T> tile = choose_tile<T>();
-  const bool full = covariance == Covariance::full, diagonal = covariance == Covariance::diagonal;
-  const In* mu = static_cast<const In*>(means.const_data_ptr());
-  const In* l = static_cast<const In*>(trils.const_data_ptr());
-  const In* from = static_cast<const In*>(x.const_data_ptr());
-  std::unique_ptr<T[]> mean(new T[components * features]), inverse(new T[full ? 0 : components * features]);
-  std::unique_ptr<T[]> constant(new T[components]);
-  Factors<T> factors(full ? components : 0, features, tile.mr);
-  std::vector<char> good(components, 1);
-  const int64_t cost = full ? features * features * features / 6 + 1 : features;
-  par_for(0, components, std::max<int64_t>(1, 32768 / cost), [&](int64_t first, int64_t last) {
-    std::vector<double> factor(full ? features * features : 0), inverted(factor.size());
-    for (int64_t k = first; k < last; ++k) {
-      double log_determinant = 0;
-      for (int64_t i = 0; i < features; ++i) {
-        mean[k * features + i] = load(mu + k * features + i);
-        const double deviation = load(full       ? l + (k * features + i) * features + i
-                                      : diagonal ? l + k * features + i
-                                                 : l + k);
-        good[k] = good[k] && deviation > 0 && std::isfinite(deviation);
-        log_determinant += std::log(deviation);
-        if (!full) inverse[k * features + i] = static_cast<T>(1.0 / deviation);
-      }
-      constant[k] = static_cast<T>(-log_determinant - 0.5 * double(features) * 1.8378770664093453);  // ln 2 pi
-      if (!full || !good[k]) continue;
-      for (int64_t i = 0; i < features * features; ++i) factor[i] = load(l + k * features * features + i);
-      invert(inverted, factor, features);
-      for (int64_t i = 0; i < features; ++i)
-        for (int64_t j = 0; j <= i; ++j) factors.set(k, i, j, static_cast<T>(inverted[i * features + j]));
-    }
-  });
-  for (int64_t k = 0; k < components; ++k)
-    FASTCL_CHECK(good[k], kOp, ": scale_trils of component ", k, " must have a positive, finite diagonal");
 
-  const int64_t width = tile.nr, work = width * components * features * (full ? 1 + features / 32 : 1);
-  par_for(0, ceil_div(n, width), std::max<int64_t>(1, 131072 / work), [&](int64_t first, int64_t last) {
-    std::unique_ptr<T[]> block(new T[features * width]), shifted(new T[full ? features * width : 0]);
-    std::unique_ptr<T[]> squares(new T[width]);
-    for (int64_t b = first; b < last; ++b) {
-      const int64_t begin = b * width, samples = std::min(width, n - begin);
-      simd<Gather<T, In>>(block.get(), from + begin * features, samples, features, width);
-      for (int64_t k = 0; k < components; ++k) {
-        const T* m = mean.get() + k * features;
-        if (!full) {
-          simd<ScaledSquares<T>>(squares.get(), block.get(), m, inverse.get() + k * features, features, width);
-        } else {
-          std::fill_n(squares.get(), width, T(0));
-          simd<Shift<T>>(shifted.get(), block.get(), m, features, width);
-          for (int64_t q = 0; q < factors.count; ++q)  // row length 0: the rows' squares are added up
-            tile.run(factors.panel(k, q), shifted.get(), squares.get(), 0, 1, factors.depth(q), Reduce::square);
+  const int64_t components, features;
+  const bool full;
+  const TileChoice<T> tile;
+  const int64_t width;
+  std::unique_ptr<T[]> mean, inverse, constant;
+  Factors<T> factors;
+
+  Density(const char* op, const Tensor& means, const Tensor& trils, Covariance covariance)
+      : components(means.size(0)),
+        features(means.size(1)),
+        full(covariance == Covariance::full),
+        tile(choose_tile<T>()),
+        width(full ? tile.nr : kLanes<T>),
+        mean(new T[components * features]),
+        inverse(new T[full ? 0 : components * features]),
+        constant(new T[components]),
+        factors(full ? components : 0, features, tile.mr) {
+    const bool diagonal = covariance == Covariance::diagonal;
+    const In* mu = static_cast<const In*>(means.const_data_ptr());
+    const In* l = static_cast<const In*>(trils.const_data_ptr());
+    std::vector<char> good(components, 1);
+    const int64_t cost = full ? features * features * features / 6 + 1 : features;
+    par_for(0, components, std::max<int64_t>(1, 32768 / cost), [&](int64_t first, int64_t last) {
+      std::vector<double> factor(full ? features * features : 0), inverted(factor.size());
+      for (int64_t k = first; k < last; ++k) {
+        double log_determinant = 0;
+        for (int64_t i = 0; i < features; ++i) {
+          mean[k * features + i] = load(mu + k * features + i);
+          const double deviation = load(full       ? l + (k * features + i) * features + i
+                                        : diagonal ? l + k * features + i
+                                                   : l + k);
+          good[k] = good[k] && deviation > 0 && std::isfinite(deviation);
+          log_determinant += std::log(deviation);
+          if (!full) inverse[k * features + i] = static_cast<T>(1.0 / deviation);
         }
-        for (int64_t s = 0; s < samples; ++s)
-          store(out + (begin + s) * components + k, constant[k] - T(0.5) * squares[s]);
+        constant[k] = static_cast<T>(-log_determinant - 0.5 * double(features) * 1.8378770664093453);  // ln 2 pi
+        if (!full || !good[k]) continue;
+        for (int64_t i = 0; i < features * features; ++i) factor[i] = load(l + k * features * features + i);
+        invert(inverted, factor, features);
+        for (int64_t i = 0; i < features; ++i)
+          for (int64_t j = 0; j <= i; ++j) factors.set(k, i, j, static_cast<T>(inverted[i * features + j]));
       }
+    });
+    for (int64_t k = 0; k < components; ++k)
+      FASTCL_CHECK(good[k], op, ": scale_trils of component ", k, " must have a positive, finite diagonal");
+  }
+
+  // body(logs, begin, samples) for every block of the rows of x; begin + samples is at most n.
+  template <class F>
+  void for_each(const In* x, int64_t n, const F& body) const {
+    const int64_t work = width * components * features * (full ? 1 + features / 32 : 1);
+    par_for(0, ceil_div(n, width), std::max<int64_t>(1, 131072 / work), [&](int64_t first, int64_t last) {
+      std::unique_ptr<T[]> block(new T[features * width]), shifted(new T[full ? features * width : 0]);
+      std::unique_ptr<T[]> logs(new T[components * width]);
+      for (int64_t b = first; b < last; ++b) {
+        const int64_t begin = b * width, samples = std::min(width, n - begin);
+        simd<Gather<T, In>>(block.get(), x + begin * features, samples, features, width);
+        for (int64_t k = 0; k < components; ++k) log_densities(logs.get() + k * width, k, block.get(), shifted.get());
+        body(logs.get(), begin, samples);
+      }
+    });
+  }
+
+  void log_densities(T* logs, int64_t k, const T* block, T* shifted) const {
+    const T* m = mean.get() + k * features;
+    if (!full) {
+      simd<ScaledSquares<T>>(logs, block, m, inverse.get() + k * features, features);
+    } else {
+      std::fill_n(logs, width, T(0));
+      simd<Shift<T>>(shifted, block, m, features, width);
+      for (int64_t q = 0; q < factors.count; ++q)  // row length 0: the rows' squares are added up
+        tile.run(factors.panel(k, q), shifted, logs, 0, 1, factors.depth(q), Reduce::square);
     }
-  });
-}
+    for (int64_t s = 0; s < width; ++s) logs[s] = constant[k] - T(0.5) * logs[s];
+  }
+};
+
+template <class T, class In>
+struct Scatter {  // out[s][k] = logs[k][s]
+  static FASTCL_HD void run(In* FASTCL_RESTRICT out, const T* FASTCL_RESTRICT logs, int64_t samples, int64_t components,
+                            int64_t width) {
+    for (int64_t s = 0; s < samples; ++s)
+      for (int64_t k = 0; k < components; ++k) store(out + s * components + k, logs[k * width + s]);
+  }
+};
+
+// logs [k][s] become responsibilities, `top` the log densities of the mixture. Shares below e^-60 (e^-600 in double) of
+// the largest are 0: what follows would be slow on subnormal numbers, of which a good separation is full.
+template <class T>
+struct Shares {
+  static FASTCL_HD void run(T* FASTCL_RESTRICT logs, T* FASTCL_RESTRICT top, T* FASTCL_RESTRICT total,
+                            const T* FASTCL_RESTRICT log_weights, int64_t components, int64_t width) {
+    const T least = sizeof(T) == 4 ? T(-60) : T(-600);
+    for (int64_t s = 0; s < width; ++s) {
+      top[s] = logs[s] + log_weights[0];
+      total[s] = T(0);
+    }
+    for (int64_t k = 0; k < components; ++k)
+      for (int64_t s = 0; s < width; ++s) {
+        const T value = logs[k * width + s] + log_weights[k];
+        logs[k * width + s] = value;
+        top[s] = value > top[s] || value != value ? value : top[s];
+      }
+    for (int64_t k = 0; k < components; ++k)
+      for (int64_t s = 0; s < width; ++s) {
+        const T below = logs[k * width + s] - top[s], share = below < least ? T(0) : exp_not_positive(below);
+        logs[k * width + s] = share;
+        total[s] += share;
+      }
+    for (int64_t s = 0; s < width; ++s) {
+      total[s] = T(1) / total[s];
+      top[s] = total[s] == total[s] ? top[s] - log_unit(total[s]) : total[s];  // log_unit takes NaN for a number
+    }
+    for (int64_t k = 0; k < components; ++k)
+      for (int64_t s = 0; s < width; ++s) logs[k * width + s] *= total[s];
+  }
+};
 
 Tensor gmm_log_prob(const Tensor& x, const Tensor& means, const Tensor& scale_trils) {
-  const Covariance covariance = covariance_of(kOp, means, scale_trils);
-  check_matrix(kOp, "x", x, -1, "N", means.size(1), "D", means, "means");
+  const char* op = "gmm_log_prob";
+  const Covariance covariance = covariance_of(op, means, scale_trils);
+  check_matrix(op, "x", x, -1, "N", means.size(1), "D", means, "means");
   const Tensor rows = torch::stable::contiguous(x), mu = torch::stable::contiguous(means);
   const Tensor l = torch::stable::contiguous(scale_trils);
   Tensor out = fresh(torch::stable::new_empty(x, {x.size(0), means.size(0)}));
-  dispatch_float(x.scalar_type(), kOp, "x", [&](auto type) {
+  dispatch_float(x.scalar_type(), op, "x", [&](auto type) {
     using In = decltype(type);
-    log_prob<In>(static_cast<In*>(out.mutable_data_ptr()), rows, mu, l, covariance);
+    using T = arithmetic_t<In>;
+    const Density<In> density(op, mu, l, covariance);
+    In* to = static_cast<In*>(out.mutable_data_ptr());
+    density.for_each(static_cast<const In*>(rows.const_data_ptr()), x.size(0), [&](T* logs, int64_t begin, int64_t n) {
+      simd<Scatter<T, In>>(to + begin * density.components, logs, n, density.components, density.width);
+    });
   });
   return out;
 }
 
+std::tuple<Tensor, Tensor> gmm_responsibilities(const Tensor& x, const Tensor& weights, const Tensor& means,
+                                                const Tensor& scale_trils) {
+  const char* op = "gmm_responsibilities";
+  const Covariance covariance = covariance_of(op, means, scale_trils);
+  check_matrix(op, "x", x, -1, "N", means.size(1), "D", means, "means");
+  FASTCL_CHECK(weights.is_cpu(), op, ": weights must be a CPU tensor like means");
+  check_same_dtype(weights, means, op, "weights", "means");
+  FASTCL_CHECK(weights.dim() == 1 && weights.size(0) == means.size(0), op,
+               ": weights must be [K] with the K of means, ", means.size(0));
+  const Tensor rows = torch::stable::contiguous(x), mu = torch::stable::contiguous(means);
+  const Tensor l = torch::stable::contiguous(scale_trils), shares = torch::stable::contiguous(weights);
+  Tensor responsibilities = fresh(torch::stable::new_empty(x, {x.size(0), means.size(0)}));
+  Tensor log_density = fresh(torch::stable::new_empty(x, {x.size(0)}));
+  dispatch_float(x.scalar_type(), op, "x", [&](auto type) {
+    using In = decltype(type);
+    using T = arithmetic_t<In>;
+    std::vector<T> log_weights(means.size(0));
+    double sum = 0;
+    for (size_t k = 0; k < log_weights.size(); ++k) {
+      const double w = load(static_cast<const In*>(shares.const_data_ptr()) + k);
+      FASTCL_CHECK(w >= 0 && std::isfinite(w), op, ": weights of component ", k, " is ", w,
+                   " but must be finite and not negative");
+      log_weights[k] = static_cast<T>(std::log(w));
+      sum += w;
+    }
+    FASTCL_CHECK(sum > 0, op, ": weights are all 0");
+    const Density<In> density(op, mu, l, covariance);
+    In *to = static_cast<In*>(responsibilities.mutable_data_ptr()),
+       *log_to = static_cast<In*>(log_density.mutable_data_ptr());
+    density.for_each(static_cast<const In*>(rows.const_data_ptr()), x.size(0), [&](T* logs, int64_t begin, int64_t n) {
+      std::vector<T> top(density.width), total(density.width);
+      simd<Shares<T>>(logs, top.data(), total.data(), static_cast<const T*>(log_weights.data()), density.components,
+                      density.width);
+      simd<Scatter<T, In>>(to + begin * density.components, logs, n, density.components, density.width);
+      for (int64_t s = 0; s < n; ++s) store(log_to + begin + s, top[s]);
+    });
+  });
+  return {responsibilities, log_density};
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(FASTCL_NS, CPU, m) { m.impl("gmm_log_prob", TORCH_BOX(&gmm_log_prob)); }
+STABLE_TORCH_LIBRARY_IMPL(FASTCL_NS, CPU, m) {
+  m.impl("gmm_log_prob", TORCH_BOX(&gmm_log_prob));
+  m.impl("gmm_responsibilities", TORCH_BOX(&gmm_responsibilities));
+}
 
 }  // namespace fastcl

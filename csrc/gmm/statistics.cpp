@@ -1,5 +1,6 @@
 // Zeroth, first and second moments of weighted samples about a centre for each component: EM's M-step, the Gaussians of
 // labelled latents, and the gradients of gmm_log_prob. No [N, K, D] and no [N, D, D].
+#include "../common/lanes.h"
 #include "blocks.h"
 #include "math.h"
 
@@ -24,43 +25,63 @@ struct PackRows {
   }
 };
 
-template <class T, class In, bool second>
-struct Moments {  // sum of w, w d and, for a diagonal covariance, w d^2 with d = x - c
-  static FASTCL_HD double run(T* FASTCL_RESTRICT s1, T* FASTCL_RESTRICT s2, const In* FASTCL_RESTRICT x,
-                              const int64_t* rows, const T* FASTCL_RESTRICT weights, const T* FASTCL_RESTRICT centre,
-                              int64_t first, int64_t n, int64_t features) {
-    double total = 0;
-    for (int64_t s = 0; s < n; ++s) total += weights[s];
-    const auto row = [&](int64_t s)
-                         FASTCL_LAMBDA_HD { return x + (rows == nullptr ? first + s : rows[first + s]) * features; };
+template <class T>
+struct Total {
+  static FASTCL_HD double run(const T* weights, int64_t n) {
+    double parts[8] = {}, all = 0;  // one sum would wait for each addition
     int64_t s = 0;
-    for (; s + 4 <= n; s += 4) {  // four rows a turn: the sums are loaded and stored a quarter as often
-      const In *x0 = row(s), *x1 = row(s + 1), *x2 = row(s + 2), *x3 = row(s + 3);
-      const T w0 = weights[s], w1 = weights[s + 1], w2 = weights[s + 2], w3 = weights[s + 3];
-      for (int64_t i = 0; i < features; ++i) {
-        const T c = centre[i];
-        const T d0 = load(x0 + i) - c, d1 = load(x1 + i) - c, d2 = load(x2 + i) - c, d3 = load(x3 + i) - c;
-        s1[i] += (w0 * d0 + w1 * d1) + (w2 * d2 + w3 * d3);
-        if (second) s2[i] += (w0 * d0 * d0 + w1 * d1 * d1) + (w2 * d2 * d2 + w3 * d3 * d3);
+    for (; s + 8 <= n; s += 8)
+      for (int j = 0; j < 8; ++j) parts[j] += weights[s + j];
+    for (; s < n; ++s) parts[0] += weights[s];
+    for (double part : parts) all += part;
+    return all;
+  }
+};
+
+// s1 = sum of w d and, for a diagonal covariance, s2 = sum of w d^2 with d = x - c, over n rows of so many features as
+// have sums that stay in registers.
+template <class T, bool second>
+struct Moments {
+  static constexpr int kVectors = 4;
+  static int64_t features() { return kVectors * vector_bytes() / static_cast<int64_t>(sizeof(T)); }
+
+  template <int bytes>
+  struct Of {
+    static FASTCL_HD void run(T* s1, T* s2, const T* rows, const T* weights, const T* centre, int64_t n) {
+      constexpr int lanes = bytes / static_cast<int>(sizeof(T));
+      using Vector = typename Lanes<T, lanes>::Vector;
+      Vector sum1[kVectors] = {}, sum2[kVectors] = {}, middle[kVectors];
+      for (int v = 0; v < kVectors; ++v) middle[v] = *reinterpret_cast<const Vector*>(centre + v * lanes);
+      for (int64_t s = 0; s < n; ++s, rows += kVectors * lanes)
+        for (int v = 0; v < kVectors; ++v) {
+          const Vector d = *reinterpret_cast<const Vector*>(rows + v * lanes) - middle[v], wd = d * weights[s];
+          sum1[v] += wd;
+          if (second) sum2[v] += wd * d;
+        }
+      for (int v = 0; v < kVectors; ++v) {
+        *reinterpret_cast<Vector*>(s1 + v * lanes) = sum1[v];
+        if (second) *reinterpret_cast<Vector*>(s2 + v * lanes) = sum2[v];
       }
     }
-    for (; s < n; ++s)
-      for (int64_t i = 0; i < features; ++i) {
-        const T d = load(row(s) + i) - centre[i];
-        s1[i] += weights[s] * d;
-        if (second) s2[i] += weights[s] * d * d;
-      }
-    return total;
-  }
+  };
 };
 
 template <class T, class In>
 struct Columns {  // to[k][s] = r[s, k], or 1 without responsibilities
   static FASTCL_HD void run(T* FASTCL_RESTRICT to, const In* FASTCL_RESTRICT r, int64_t first, int64_t n,
                             int64_t columns, int64_t components) {
-    for (int64_t k = 0; k < columns; ++k)
-      for (int64_t s = 0; s < n; ++s)
-        to[k * kRows + s] = r == nullptr ? T(1) : static_cast<T>(load(r + (first + s) * components + k));
+    if (r == nullptr) {
+      for (int64_t k = 0; k < columns; ++k) std::fill_n(to + k * kRows, n, T(1));
+      return;
+    }
+    int64_t k = 0;
+    for (; k + 8 <= columns; k += 8) some<8>(to + k * kRows, r + first * components + k, n, components);
+    for (; k < columns; ++k) some<1>(to + k * kRows, r + first * components + k, n, components);
+  }
+  template <int width>  // columns at a time, so that a cache line is read once
+  static FASTCL_HD void some(T* FASTCL_RESTRICT to, const In* FASTCL_RESTRICT r, int64_t n, int64_t components) {
+    for (int64_t s = 0; s < n; ++s)
+      for (int j = 0; j < width; ++j) to[j * kRows + s] = static_cast<T>(load(r + s * components + j));
   }
 };
 
@@ -87,21 +108,30 @@ struct Statistics {
   }
 
   // Of components k ... last, which read the same rows where each has all of them.
+  template <bool second>
   void moments(int64_t k, int64_t last) const {
     const Members& m = members[k];
-    std::unique_ptr<T[]> weights(new T[(last - k) * kRows]), sums(new T[2 * features]);
-    T *first_moment = sums.get(), *second_moment = first_moment + features;
-    for (int64_t begin = 0; begin < m.n; begin += kRows) {
-      const int64_t n = std::min(kRows, m.n - begin);
+    const int64_t width = Moments<T, second>::features();
+    // a piece of so many rows stays in the first-level cache while every component passes over it
+    const int64_t cached = std::min(kRows, 24576 / (width * int64_t(sizeof(T))));
+    std::unique_ptr<T[]> weights(new T[(last - k) * kRows]), rows(new T[cached * width]), sums(new T[2 * width]);
+    const std::unique_ptr<T[]> as_it_is(new T[features]());
+    for (int64_t begin = 0; begin < m.n; begin += cached) {
+      const int64_t n = std::min(cached, m.n - begin);
       weights_of(weights.get(), k, last - k, begin, n);
-      for (int64_t c = k; c < last; ++c) {
-        std::fill_n(sums.get(), 2 * features, T(0));
-        const T *w = weights.get() + (c - k) * kRows, *centre = centres.get() + c * features;
-        s0[c] +=
-            full ? simd<Moments<T, In, false>>(first_moment, second_moment, x, m.rows, w, centre, begin, n, features)
-                 : simd<Moments<T, In, true>>(first_moment, second_moment, x, m.rows, w, centre, begin, n, features);
-        for (int64_t i = 0; i < features; ++i) s1[c * features + i] += first_moment[i];
-        for (int64_t i = 0; !full && i < features; ++i) s2[c * features + i] += second_moment[i];
+      const auto of = [&](int64_t c) { return static_cast<const T*>(weights.get() + (c - k) * kRows); };
+      for (int64_t c = k; c < last; ++c) s0[c] += simd<Total<T>>(of(c), n);
+      for (int64_t i0 = 0; i0 < features; i0 += width) {
+        const int64_t used = std::min(width, features - i0);
+        simd<PackRows<T, In, false>>(rows.get(), x, m.rows, of(k), static_cast<const T*>(as_it_is.get()), begin, n, i0,
+                                     used, width, features);
+        for (int64_t c = k; c < last; ++c) {
+          simd_of_width<Moments<T, second>::template Of>(sums.get(), sums.get() + width,
+                                                         static_cast<const T*>(rows.get()), of(c),
+                                                         static_cast<const T*>(centres.get() + c * features + i0), n);
+          for (int64_t i = 0; i < used; ++i) s1[c * features + i0 + i] += sums[i];
+          for (int64_t i = 0; second && i < used; ++i) s2[c * features + i0 + i] += sums[width + i];
+        }
       }
     }
   }
@@ -133,8 +163,9 @@ struct Statistics {
   void run() const {
     const TileChoice<T> tile = choose_tile<T>();
     par_for(0, components, 1, [&](int64_t first, int64_t last) {
-      if (responsibilities != nullptr) return moments(first, last);
-      for (int64_t k = first; k < last; ++k) moments(k, k + 1);
+      const auto some = [&](int64_t k, int64_t end) { full ? moments<false>(k, end) : moments<true>(k, end); };
+      if (responsibilities != nullptr) return some(first, last);
+      for (int64_t k = first; k < last; ++k) some(k, k + 1);
     });
     if (!full) return;
     const int64_t panels = ceil_div(features, tile.nr);
@@ -181,7 +212,7 @@ std::tuple<Tensor, Tensor, Tensor> statistics(const char* op, const Tensor& x, c
     s.x = static_cast<const In*>(rows.const_data_ptr());
     s.features = features;
     s.components = components;
-    s.centres.reset(new arithmetic_t<In>[components * features]);
+    s.centres.reset(new arithmetic_t<In>[components * features + Moments<arithmetic_t<In>, true>::features()]());
     for (int64_t i = 0; i < components * features; ++i)
       s.centres[i] = load(static_cast<const In*>(middle.const_data_ptr()) + i);
     s.responsibilities = responsibilities == nullptr ? nullptr : static_cast<const In*>(weights.const_data_ptr());

@@ -140,14 +140,7 @@ class GaussianMixture(nn.Module):
         return self
 
     def _step(self, x: Tensor, mixture: em.Mixture) -> tuple[em.Mixture, float]:
-        joint = mixture.log_joint(x)
-        # One exponential for density and responsibilities, and e^-60 for what is less: subnormal numbers, of which a
-        # good separation is full, cost ten times a normal one.
-        top = joint.amax(1, keepdim=True)
-        responsibilities = (joint - top).clamp_(min=-60.0 if x.dtype == torch.float32 else -600.0).exp_()
-        total = responsibilities.sum(1, keepdim=True)
-        responsibilities /= total
-        density = (top + total.log()).squeeze(1)
+        responsibilities, density = ops.gmm_responsibilities(x, mixture.weights, mixture.means, mixture.scale_trils)
         found = em.moments(x, responsibilities, mixture.means, self.covariance)
         following = em.maximised(found, self.covariance, self.reg_covar, x.dtype)
         return em.refilled(following, found, x, density), density.mean(dtype=torch.float64).item()

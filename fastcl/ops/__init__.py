@@ -1,7 +1,7 @@
 """The kernels, one package per hot path. Every function here is also an op, ``torch.ops.fastcl.<name>``."""
 
 from .annealed_mask import annealed_mask, compensated_mask, mask_sparsity, masked_weight, masked_weight_kept
-from .gmm import gmm_class_statistics, gmm_log_prob, gmm_sample, gmm_statistics
+from .gmm import gmm_class_statistics, gmm_log_prob, gmm_responsibilities, gmm_sample, gmm_statistics
 from .importance import (
     accumulate_affine_,
     accumulate_conv_,
@@ -30,6 +30,7 @@ __all__ = [
     "drift_norms",
     "gmm_class_statistics",
     "gmm_log_prob",
+    "gmm_responsibilities",
     "gmm_sample",
     "gmm_statistics",
     "group_soft_threshold_",

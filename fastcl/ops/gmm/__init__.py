@@ -14,6 +14,10 @@ _gmm_sample = define(
     "gmm_sample(Tensor labels, Tensor means, Tensor scale_trils, Tensor key) -> Tensor", reference.gmm_sample
 )
 _gmm_log_prob = define("gmm_log_prob(Tensor x, Tensor means, Tensor scale_trils) -> Tensor", reference.gmm_log_prob)
+_gmm_responsibilities = define(
+    "gmm_responsibilities(Tensor x, Tensor weights, Tensor means, Tensor scale_trils) -> (Tensor, Tensor)",
+    reference.gmm_responsibilities,
+)
 _gmm_statistics = define(
     "gmm_statistics(Tensor x, Tensor responsibilities, Tensor centers, bool full) -> (Tensor, Tensor, Tensor)",
     reference.gmm_statistics,
@@ -79,6 +83,37 @@ def gmm_log_prob(x: Tensor, means: Tensor, scale_trils: Tensor) -> Tensor:
         tensor([[-0.9189]])
     """
     return call(_gmm_log_prob, x, means, scale_trils)
+
+
+def gmm_responsibilities(x: Tensor, weights: Tensor, means: Tensor, scale_trils: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The components' shares of a mixture's density, and its logarithm: the E-step of EM, in one pass.
+
+    :math:`r_{nk} = w_k N(x_n\,|\,\mu_k, L_kL_k^\top) / p(x_n)` and :math:`\log p(x_n)` with
+    :math:`p(x_n) = \sum_k w_k N(x_n\,|\,\mu_k, L_kL_k^\top)`. What is below e^-60 (float64: e^-600) of a sample's
+    largest share is 0.
+
+    Args:
+        x: [N, D]; float32, float64, bfloat16 or float16.
+        weights: w [K], not negative, the dtype of x; they need not add up to 1.
+        means, scale_trils: as for :func:`gmm_log_prob`.
+
+    Returns:
+        r [N, K] and log p [N] in the dtype of x. A sample that is not finite gets NaN.
+
+    Raises:
+        ValueError: a negative or infinite weight, or all 0; a factor whose diagonal is not positive and finite; shapes,
+            dtypes or devices that do not fit.
+
+    Cost: :func:`gmm_log_prob`'s and an exponential for each of N K; memory: the results.
+
+    Example:
+        >>> one = torch.ones(2, 1)
+        >>> r, log_density = fastcl.ops.gmm_responsibilities(one, one[:, 0], torch.tensor([[1.0], [1.0]]), one)
+        >>> r
+        tensor([[0.5000, 0.5000],
+                [0.5000, 0.5000]])
+    """
+    return call(_gmm_responsibilities, x, weights, means, scale_trils)
 
 
 def gmm_statistics(
@@ -201,5 +236,6 @@ def _backward_log_prob(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 differentiable("gmm_sample", _backward_sample, _setup_sample)
 differentiable("gmm_log_prob", _backward_log_prob, _setup_log_prob)
+not_differentiable("gmm_responsibilities", "EM's E-step is not trained through: gmm_log_prob is differentiable")
 not_differentiable("gmm_statistics", "EM's M-step is not trained through")
 not_differentiable("gmm_class_statistics", "EM's M-step is not trained through")

@@ -82,16 +82,64 @@ def gmm_log_prob(x: Tensor, means: Tensor, scale_trils: Tensor) -> Checked[Tenso
     op = "gmm_log_prob"
     kind = _covariance(op, means, scale_trils)
     _check_matrix(op, "x", x, None, "N", means.shape[1], "D", means, "means")
+    _check_deviations(op, _deviations(scale_trils, kind))
+    yield
+    if not _check.has_values(x):
+        return x.new_empty(x.shape[0], means.shape[0])
+    return _log_prob(x, means, scale_trils, kind).to(x.dtype)
+
+
+@_check.reference
+def gmm_responsibilities(
+    x: Tensor, weights: Tensor, means: Tensor, scale_trils: Tensor
+) -> Checked[tuple[Tensor, Tensor]]:
+    op = "gmm_responsibilities"
+    kind = _covariance(op, means, scale_trils)
+    _check_matrix(op, "x", x, None, "N", means.shape[1], "D", means, "means")
+    _check.device(op, "weights", weights, "means", means)
+    if weights.dtype != means.dtype:
+        raise ValueError(f"{op}: weights must have the dtype of means")
+    if weights.shape != means.shape[:1]:
+        raise ValueError(f"{op}: weights must be [K] with the K of means, {means.shape[0]}")
+    if _check.has_values(weights):
+        for k, w in enumerate(weights.tolist()):
+            if not 0 <= w < math.inf:
+                raise ValueError(f"{op}: weights of component {k} is {w:g} but must be finite and not negative")
+        if not weights.any():
+            raise ValueError(f"{op}: weights are all 0")
+    _check_deviations(op, _deviations(scale_trils, kind))
+    yield
+    if not _check.has_values(x):
+        return x.new_empty(x.shape[0], means.shape[0]), x.new_empty(x.shape[0])
+    return shares(_log_prob(x, means, scale_trils, kind), weights, x.dtype)
+
+
+def shares(log_prob: Tensor, weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Responsibilities and the mixture's log density from the components' log densities [N, K]."""
+    joint = log_prob + weights.to(log_prob.dtype).log()
+    below = joint - joint.amax(1, keepdim=True)
+    small = below < (-600 if joint.dtype == torch.float64 else -60)
+    responsibilities = torch.softmax(torch.where(small, -math.inf, below), 1)
+    finite = torch.where(responsibilities.isnan().any(1), math.nan, joint.logsumexp(1))
+    return responsibilities.to(dtype), finite.to(dtype)
+
+
+def _deviations(scale_trils: Tensor, kind: int) -> Tensor:
     deviations = scale_trils.diagonal(dim1=1, dim2=2) if kind == 3 else scale_trils
-    deviations = deviations.unsqueeze(1) if kind == 1 else deviations
-    if _check.has_values(scale_trils):
+    return deviations.unsqueeze(1) if kind == 1 else deviations
+
+
+def _check_deviations(op: str, deviations: Tensor) -> None:
+    if _check.has_values(deviations):
         good = ((deviations > 0) & torch.isfinite(deviations)).all(1)
         if not good.all():
             k = int((~good).nonzero()[0])
             raise ValueError(f"{op}: scale_trils of component {k} must have a positive, finite diagonal")
-    yield
-    if not _check.has_values(x):
-        return x.new_empty(x.shape[0], means.shape[0])
+
+
+def _log_prob(x: Tensor, means: Tensor, scale_trils: Tensor, kind: int) -> Tensor:
+    """In the arithmetic type."""
+    deviations = _deviations(scale_trils, kind)
     wide = torch.promote_types(x.dtype, torch.float32)
     points, mu, scale, deviations = x.to(wide), means.to(wide), scale_trils.to(wide), deviations.to(wide)
     columns = []
@@ -103,7 +151,7 @@ def gmm_log_prob(x: Tensor, means: Tensor, scale_trils: Tensor) -> Checked[Tenso
             y = apart / deviations[k]
         logs = deviations[k].double().log().sum() * (1 if deviations.shape[1] > 1 else mu.shape[1])
         columns.append(-0.5 * y.square().sum(1) - (logs + 0.5 * mu.shape[1] * LOG_2PI).to(wide))
-    return torch.stack(columns, 1).to(x.dtype)
+    return torch.stack(columns, 1)
 
 
 @_check.reference

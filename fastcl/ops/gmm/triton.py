@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._sweep import OPTIONS, TYPES, on
+from .reference import shares
 
 # ---- normals: csrc/gmm/math.h in Triton ----
 
@@ -263,6 +264,12 @@ def gmm_log_prob(x: Tensor, means: Tensor, scale_trils: Tensor) -> Tensor:
                 A=TYPES[wide], BN=64, BD=bd, num_warps=4, **OPTIONS,
             )  # fmt: skip
     return out
+
+
+def gmm_responsibilities(x: Tensor, weights: Tensor, means: Tensor, scale_trils: Tensor) -> tuple[Tensor, Tensor]:
+    """The densities by the kernel above; the rest torch does on a GPU in passes over [N, K]."""
+    log_prob = gmm_log_prob(x, means, scale_trils)
+    return shares(log_prob.to(torch.promote_types(x.dtype, torch.float32)), weights, x.dtype)
 
 
 # ---- moments ----
