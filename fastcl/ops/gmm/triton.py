@@ -235,8 +235,12 @@ def _density_diagonal(
 
 
 def gmm_log_prob(x: Tensor, means: Tensor, scale_trils: Tensor) -> Tensor:
+    return _log_prob(x, means, scale_trils, x.dtype)
+
+
+def _log_prob(x: Tensor, means: Tensor, scale_trils: Tensor, dtype: torch.dtype) -> Tensor:
     samples, (components, features) = x.shape[0], means.shape
-    out = x.new_empty(samples, components)
+    out = x.new_empty(samples, components, dtype=dtype)
     if samples == 0:
         return out
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -268,8 +272,8 @@ def gmm_log_prob(x: Tensor, means: Tensor, scale_trils: Tensor) -> Tensor:
 
 def gmm_responsibilities(x: Tensor, weights: Tensor, means: Tensor, scale_trils: Tensor) -> tuple[Tensor, Tensor]:
     """The densities by the kernel above; the rest torch does on a GPU in passes over [N, K]."""
-    log_prob = gmm_log_prob(x, means, scale_trils)
-    return shares(log_prob.to(torch.promote_types(x.dtype, torch.float32)), weights, x.dtype)
+    log_prob = _log_prob(x, means, scale_trils, torch.promote_types(x.dtype, torch.float32))
+    return shares(log_prob, weights, x.dtype)
 
 
 # ---- moments ----
