@@ -9,8 +9,12 @@ another result than fastcl fails the benchmark before anything is timed.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
+
+# scikit-learn's threads would spin into the next contender's turn, up to 20 ms and more; read when numpy is loaded
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 import pytest
 import torch

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 Call = Callable[[], Any]
+SETTLE = 0.005  # seconds: OpenMP threads of the contender before spin for a while, waiting for more
+
 Compiled = Callable[[Call], dict[str, Call]]  # {"torch.compile": compiled f}, or nothing where it is left out
 
 
@@ -29,7 +31,8 @@ class Contest:
 
 
 def race(contest: Contest, device: torch.device, rounds: int = 11, min_seconds: float = 2e-3) -> dict[str, float]:
-    """Median seconds of a call by contender, after `check`; in a round a call repeats until it takes `min_seconds`.
+    """Median seconds of a call by contender, after `check`; in a round it is called once untimed, then until
+    `min_seconds` are over.
 
     Raises:
         AssertionError: a contender gives another result than the others; nothing is timed then.
@@ -48,6 +51,8 @@ def race(contest: Contest, device: torch.device, rounds: int = 11, min_seconds: 
     times: dict[str, list[float]] = {name: [] for name in contest.contenders}
     for _ in range(rounds):
         for name, call in contest.contenders.items():
+            time.sleep(SETTLE)
+            call()
             times[name].append(seconds(call, repeats[name], device))
     return {name: statistics.median(values) for name, values in times.items()}
 
