@@ -4,28 +4,38 @@
 
 namespace fastcl {
 
+#define FASTCL_TILE(NAME, TARGET, ...)                                                                              \
+  template <class T>                                                                                                \
+  struct NAME {                                                                                                     \
+    using Of = __VA_ARGS__;                                                                                         \
+    TARGET static void run(const T* g, const T* a, T* out, int64_t ldo, int64_t n, int64_t p, Reduce reduce) {      \
+      Of::run(g, a, out, ldo, n, p, reduce);                                                                        \
+    }                                                                                                               \
+    TARGET static void add_rows(const T* g, int64_t ldg, const T* a, int64_t lda, T* out, int64_t ldo, int64_t p) { \
+      Of::add_rows(g, ldg, a, lda, out, ldo, p);                                                                    \
+    }                                                                                                               \
+    TARGET static void triangle(const T* panels, int64_t rows, const T* a, T* out) {                                \
+      Of::triangle(panels, rows, a, out);                                                                           \
+    }                                                                                                               \
+    TARGET static void triangle_squares(const T* panels, int64_t rows, const T* a, T* out) {                        \
+      Of::triangle_squares(panels, rows, a, out);                                                                   \
+    }                                                                                                               \
+    static TileChoice<T> choice() { return {Of::MR, Of::NR, &run, &add_rows, &triangle, &triangle_squares}; }       \
+  };
+
 #ifdef FASTCL_X86
-template <class T>
-FASTCL_AVX512 void tile_avx512(const T* g, const T* a, T* out, int64_t ldo, int64_t n, int64_t p, Reduce reduce) {
-  Tile<T, 8, 3, 64 / sizeof(T)>::run(g, a, out, ldo, n, p, reduce);  // 24 of 32 registers accumulate
-}
-template <class T>
-FASTCL_AVX2 void tile_avx2(const T* g, const T* a, T* out, int64_t ldo, int64_t n, int64_t p, Reduce reduce) {
-  Tile<T, 6, 2, 32 / sizeof(T)>::run(g, a, out, ldo, n, p, reduce);  // 12 of 16
-}
+FASTCL_TILE(Avx512, FASTCL_AVX512, Tile<T, 8, 3, 64 / sizeof(T)>)  // 24 of 32 registers accumulate
+FASTCL_TILE(Avx2, FASTCL_AVX2, Tile<T, 6, 2, 32 / sizeof(T)>)      // 12 of 16
 #endif
-template <class T>
-void tile_baseline(const T* g, const T* a, T* out, int64_t ldo, int64_t n, int64_t p, Reduce reduce) {
-  Tile<T, 4, 2, 16 / sizeof(T)>::run(g, a, out, ldo, n, p, reduce);  // 8 of 16 (SSE2) or 32 (NEON)
-}
+FASTCL_TILE(Baseline, , Tile<T, 4, 2, 16 / sizeof(T)>)  // 8 of 16 (SSE2) or 32 (NEON)
 
 template <class T>
 TileChoice<T> choose_tile() {
 #ifdef FASTCL_X86
-  if (isa() == Isa::avx512) return {8, 192 / static_cast<int>(sizeof(T)), &tile_avx512<T>};
-  if (isa() == Isa::avx2) return {6, 64 / static_cast<int>(sizeof(T)), &tile_avx2<T>};
+  if (isa() == Isa::avx512) return Avx512<T>::choice();
+  if (isa() == Isa::avx2) return Avx2<T>::choice();
 #endif
-  return {4, 32 / static_cast<int>(sizeof(T)), &tile_baseline<T>};
+  return Baseline<T>::choice();
 }
 template TileChoice<float> choose_tile<float>();
 template TileChoice<double> choose_tile<double>();

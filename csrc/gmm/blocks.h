@@ -16,8 +16,7 @@ void check_means(const char* op, const Tensor& means);
 void check_matrix(const char* op, const char* name, const Tensor& t, int64_t rows, const char* rows_of, int64_t columns,
                   const char* columns_of, const Tensor& like, const char* like_name);
 
-// Lower triangular factors as the tile wants them: [k][i / mr][j][i % mr], zero beyond D. The rows of panel q need the
-// features j < (q + 1) mr only.
+// Lower triangular factors as the tile's `triangle` wants them: [k][i / mr][j][i % mr], zero beyond D.
 template <class T>
 struct Factors {
   int64_t count, features, mr;
@@ -29,7 +28,6 @@ struct Factors {
         mr(mr_),
         data(new T[components * count * features_ * mr_]()) {}
   T* panel(int64_t k, int64_t q) const { return data.get() + (k * count + q) * features * mr; }
-  int64_t depth(int64_t q) const { return std::min(features, (q + 1) * mr); }
   void set(int64_t k, int64_t i, int64_t j, T value) { panel(k, i / mr)[j * mr + i % mr] = value; }
 };
 

@@ -140,10 +140,8 @@ struct Density {
     if (!full) {
       simd<ScaledSquares<T>>(logs, block, m, inverse.get() + k * features, features);
     } else {
-      std::fill_n(logs, width, T(0));
       simd<Shift<T>>(shifted, block, m, features, width);
-      for (int64_t q = 0; q < factors.count; ++q)  // row length 0: the rows' squares are added up
-        tile.run(factors.panel(k, q), shifted, logs, 0, 1, factors.depth(q), Reduce::square);
+      tile.triangle_squares(factors.panel(k, 0), features, shifted, logs);
     }
     for (int64_t s = 0; s < width; ++s) logs[s] = constant[k] - T(0.5) * logs[s];
   }

@@ -130,10 +130,7 @@ void sample(In* out, const Grouped& groups, const Tensor& means, const Tensor& t
         continue;
       }
       simd<Normals<T, false>>(eps.get(), lows, highs, quads, width, key0, key1, random);
-      std::fill_n(z.get(), lines * width, T(0));
-      for (int64_t q = 0; q < factors.count; ++q)
-        tile.run(factors.panel(piece.component, q), eps.get(), z.get() + q * tile.mr * width, width, 1,
-                 factors.depth(q), Reduce::plain);
+      tile.triangle(factors.panel(piece.component, 0), features, eps.get(), z.get());
       simd<SideBySide<T>>(eps.get(), z.get(), quads, width);
       simd<StoreRows<T, In, false>>(out, eps.get(), m, static_cast<const T*>(nullptr), rows, piece.samples, width,
                                     features);

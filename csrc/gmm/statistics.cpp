@@ -7,8 +7,8 @@
 namespace fastcl {
 namespace {
 
-constexpr int64_t kRows =
-    960;  // summed in the arithmetic type, then added up in double; about a first-level cache of narrow rows
+constexpr int64_t kRows = 960;    // summed in the arithmetic type, then added up in double
+constexpr int64_t kCached = 120;  // of them in the second-level cache at once
 
 // rows [n][width] of w (x - c), or of x - c without weights, zero beyond `features`.
 template <class T, class In, bool weighted>
@@ -136,27 +136,29 @@ struct Statistics {
     }
   }
 
-  // The columns i0 ... i0 + nr of component k's second moment, rows 0 ... i0 + nr (it is symmetric).
-  void outer(const TileChoice<T>& tile, int64_t k, int64_t i0) const {
+  // Component k's second moment, rows up to the diagonal (it is symmetric), of every parts-th panel of columns.
+  void outer(const TileChoice<T>& tile, int64_t k, int64_t part, int64_t parts) const {
     const Members& m = members[k];
-    const int64_t columns = std::min<int64_t>(tile.nr, features - i0), lines = i0 + columns;
-    const int64_t panels = ceil_div(lines, tile.mr);
-    std::unique_ptr<T[]> weights(new T[kRows]), a(new T[kRows * tile.nr]), g(new T[kRows * tile.mr]);
-    std::unique_ptr<T[]> sum(new T[tile.mr * tile.nr]);
-    const T* centre = centres.get() + k * features;
-    for (int64_t begin = 0; begin < m.n; begin += kRows) {
-      const int64_t n = std::min(kRows, m.n - begin);
+    const int64_t lines = ceil_div(features, tile.mr) * tile.mr, columns = ceil_div(features, tile.nr) * tile.nr;
+    const int64_t length = std::max(lines, columns) + 64 / int64_t(sizeof(T));  // not a power of 2: lines of one set
+    std::unique_ptr<T[]> weights(new T[kRows]), sums(new T[lines * columns]());
+    std::unique_ptr<T[]> rows(new T[kCached * length]), weighted(new T[kCached * length]);
+    const T *centre = centres.get() + k * features, *w = weights.get();
+    for (int64_t begin = 0; begin < m.n; begin += kCached) {
+      const int64_t n = std::min(kCached, m.n - begin);
       weights_of(weights.get(), k, 1, begin, n);
-      const T* w = weights.get();
-      simd<PackRows<T, In, false>>(a.get(), x, m.rows, w, centre, begin, n, i0, columns, int64_t(tile.nr), features);
-      for (int64_t q = 0; q < panels; ++q) {
-        const int64_t j0 = q * tile.mr, used = std::min<int64_t>(tile.mr, lines - j0);
-        simd<PackRows<T, In, true>>(g.get(), x, m.rows, w, centre, begin, n, j0, used, int64_t(tile.mr), features);
-        std::fill_n(sum.get(), tile.mr * tile.nr, T(0));
-        tile.run(g.get(), a.get(), sum.get(), tile.nr, 1, n, Reduce::plain);
-        for (int64_t j = 0; j < used; ++j)
-          for (int64_t i = 0; i < columns; ++i) s2[(k * features + j0 + j) * features + i0 + i] += sum[j * tile.nr + i];
-      }
+      simd<PackRows<T, In, false>>(rows.get(), x, m.rows, w, centre, begin, n, 0, features, length, features);
+      simd<PackRows<T, In, true>>(weighted.get(), x, m.rows, w, centre, begin, n, 0, features, length, features);
+      for (int64_t i0 = part * tile.nr; i0 < features; i0 += parts * tile.nr)
+        for (int64_t j0 = 0; j0 < std::min(features, i0 + tile.nr); j0 += tile.mr)
+          tile.add_rows(weighted.get() + j0, length, rows.get() + i0, length, sums.get() + j0 * columns + i0, columns,
+                        n);
+      if (begin / kCached % (kRows / kCached) != kRows / kCached - 1 && begin + n < m.n) continue;
+      for (int64_t i0 = part * tile.nr; i0 < features; i0 += parts * tile.nr)
+        for (int64_t j = 0; j < std::min(features, i0 + tile.nr); ++j)
+          for (int64_t i = i0; i < std::min(features, i0 + tile.nr); ++i)
+            s2[(k * features + j) * features + i] += sums[j * columns + i];
+      std::fill_n(sums.get(), lines * columns, T(0));
     }
   }
 
@@ -168,9 +170,10 @@ struct Statistics {
       for (int64_t k = first; k < last; ++k) some(k, k + 1);
     });
     if (!full) return;
-    const int64_t panels = ceil_div(features, tile.nr);
-    par_for(0, components * panels, 1, [&](int64_t first, int64_t last) {
-      for (int64_t task = first; task < last; ++task) outer(tile, task / panels, task % panels * tile.nr);
+    // a component is one task, which lays its rows out once; a few components are more
+    const int64_t parts = std::min(ceil_div(features, tile.nr), ceil_div(16, components));
+    par_for(0, components * parts, 1, [&](int64_t first, int64_t last) {
+      for (int64_t task = first; task < last; ++task) outer(tile, task / parts, task % parts, parts);
     });
     par_for(0, components, 1, [&](int64_t first, int64_t last) {
       for (int64_t k = first; k < last; ++k) {

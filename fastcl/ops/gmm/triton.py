@@ -377,21 +377,18 @@ def _statistics(
         ordered, order = torch.sort(labels, stable=True)
         starts = torch.searchsorted(ordered, torch.arange(components + 1, device=x.device))
     r = x if responsibilities is None else responsibilities
+    arithmetic = tl.float64 if x.dtype == torch.float64 else tl.float32
     if samples:
         # one column of tiles where only the diagonal is wanted: pairs (row, 0)
         with on(x.device):
             _moments[(pairs, components, splits)](
                 s0, s1, s2, x, r, order, starts, centers.contiguous(), samples, features, components,
                 triton.cdiv(samples, splits), tiles if full else 1, splits, *x.stride(), *r.stride(),
-                CLASSES=labels is not None, FULL_COVARIANCE=full, A=_wide(x), PRECISION=_precision(x),
+                CLASSES=labels is not None, FULL_COVARIANCE=full, A=arithmetic, PRECISION=_precision(x),
                 BD=bd, BN=32, FLUSH=1024, num_warps=4, num_stages=2, **OPTIONS,
             )  # fmt: skip
     s0, s1, s2 = s0.sum(0), s1.sum(0), s2.sum(0)
     return s0, s1, s2.tril() + s2.tril(-1).mT if full else s2
-
-
-def _wide(x: Tensor) -> tl.dtype:
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
 def gmm_statistics(x: Tensor, responsibilities: Tensor, centers: Tensor, full: bool) -> tuple[Tensor, Tensor, Tensor]:
