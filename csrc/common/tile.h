@@ -27,27 +27,6 @@ struct Tile {
     return result;
   }
 
-  template <Reduce reduce>
-  static FASTCL_HD void sum_samples(const T* g, const T* a, T* out, int64_t ldo, int64_t samples, int64_t positions) {
-    Vector total[MR][VECTORS] = {};  // stays in L1; touched once per sample
-    for (int64_t n = 0; n < samples; ++n) {
-      Vector dw[MR][VECTORS] = {};
-      for (int64_t p = 0; p < positions; ++p, g += MR, a += NR) {
-        Vector row[VECTORS];
-        for (int v = 0; v < VECTORS; ++v) row[v] = *reinterpret_cast<const Vector*>(a + v * WIDTH);
-        for (int o = 0; o < MR; ++o)
-          for (int v = 0; v < VECTORS; ++v) dw[o][v] += row[v] * g[o];
-      }
-      for (int o = 0; o < MR; ++o)
-        for (int v = 0; v < VECTORS; ++v)
-          total[o][v] += reduce == Reduce::square     ? dw[o][v] * dw[o][v]
-                         : reduce == Reduce::absolute ? absolute(dw[o][v])
-                                                      : dw[o][v];
-    }
-    for (int o = 0; o < MR; ++o)
-      for (int v = 0; v < VECTORS; ++v) *reinterpret_cast<Vector*>(out + o * ldo + v * WIDTH) += total[o][v];
-  }
-
   // dw = one sample's block, of which row p of g begins at g + p ldg and row p of a at a + p lda.
   static FASTCL_HD void block(Vector (&dw)[MR][VECTORS], const T* g, int64_t ldg, const T* a, int64_t lda,
                               int64_t positions) {
@@ -59,6 +38,22 @@ struct Tile {
       for (int o = 0; o < MR; ++o)
         for (int v = 0; v < VECTORS; ++v) dw[o][v] += row[v] * g[o];
     }
+  }
+
+  template <Reduce reduce>
+  static FASTCL_HD void sum_samples(const T* g, const T* a, T* out, int64_t ldo, int64_t samples, int64_t positions) {
+    Vector total[MR][VECTORS] = {};  // stays in L1; touched once per sample
+    for (int64_t n = 0; n < samples; ++n) {
+      Vector dw[MR][VECTORS];
+      block(dw, g + n * positions * MR, MR, a + n * positions * NR, NR, positions);
+      for (int o = 0; o < MR; ++o)
+        for (int v = 0; v < VECTORS; ++v)
+          total[o][v] += reduce == Reduce::square     ? dw[o][v] * dw[o][v]
+                         : reduce == Reduce::absolute ? absolute(dw[o][v])
+                                                      : dw[o][v];
+    }
+    for (int o = 0; o < MR; ++o)
+      for (int v = 0; v < VECTORS; ++v) *reinterpret_cast<Vector*>(out + o * ldo + v * WIDTH) += total[o][v];
   }
 
   static FASTCL_HD void add_rows(const T* g, int64_t ldg, const T* a, int64_t lda, T* out, int64_t ldo,
