@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-# scikit-learn's threads would spin into the next contender's turn, up to 20 ms and more; read when numpy is loaded
+# scikit-learn's threads would spin into the next contender's turn; read when numpy is loaded
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 import pytest

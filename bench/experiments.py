@@ -256,7 +256,6 @@ def run(job: tuple[str, dict[str, Any], str]) -> dict[str, Any]:
     folder = UNDER_WAY / hashlib.sha256(key.encode()).hexdigest()[:16]
     clock, resume = folder / "processor-seconds", (folder / "state.json").exists()
     before = float(clock.read_text()) if resume and clock.exists() else 0.0
-
     parent = os.getppid()
 
     def report(task: int, epoch: int, batch: int, batches: int, loss: float) -> None:
