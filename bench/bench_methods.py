@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from fastcl import ops, streams
 from fastcl.methods import HAT, DGMw
 from fastcl.nn import class_loss, crop, frozen
-from fastcl.nn.gan import ImageConv2d
+from fastcl.ops._chwn import conv
 
 
 class PlainDGM(DGMw):
@@ -35,7 +35,7 @@ class PlainDGM(DGMw):
         return torch.optim.Adam(params, self.lr, self.betas)
 
     def begin_task(self, task: Any) -> None:
-        self.model.trunk[0].__class__ = nn.Conv2d  # not by blocks
+        self.model._features = lambda x: self.model.trunk(2 * x - 1)  # torch's convolutions
         super().begin_task(task)
 
     def observe(self, x: torch.Tensor, y: torch.Tensor) -> float:
@@ -115,7 +115,9 @@ def test_dgm_step(contest: Callable, device: torch.device, width: int, part: str
     contenders = {name: step(learner) for name, learner in learners.items()}
 
     def check(contenders: dict[str, Any]) -> None:
-        found = []
+        found, (first, second) = [], learners.values()
+        for part in ("model", "generator"):  # their first step, on the way here, was rounded otherwise
+            getattr(second, part).load_state_dict(getattr(first, part).state_dict())
         for name, call in contenders.items():
             torch.manual_seed(7)
             call()
@@ -127,25 +129,32 @@ def test_dgm_step(contest: Callable, device: torch.device, width: int, part: str
     contest(contenders, check)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_image_convolution(contest: Callable, device: torch.device, channels: int) -> None:
-    """Forward, and backward to image and weight, of a discriminator's first layer: 64 images of 28 x 28 to 16 maps."""
+@pytest.mark.parametrize(
+    ("channels", "size", "outputs"), [(1, 28, 16), (16, 14, 32), (32, 7, 64)], ids=["first", "second", "third"]
+)
+def test_convolution(contest: Callable, device: torch.device, channels: int, size: int, outputs: int) -> None:
+    """A discriminator's convolution, 5 x 5 with stride 2, of 64 images: forward, and backward to input and weight."""
     torch.manual_seed(0)
-    ours = ImageConv2d(channels, 16).to(device)
-    plain = nn.Conv2d(channels, 16, 5, 2, 2).to(device)
-    plain.load_state_dict(ours.state_dict())
-    x = torch.rand(64, channels, 28, 28, device=device, requires_grad=True)
-    above = torch.randn(64, 16, 14, 14, device=device)
+    x = torch.randn(channels, size, size, 64, device=device)
+    weight = torch.randn(outputs, channels, 5, 5, device=device)
+    images = x.permute(3, 0, 1, 2).contiguous().requires_grad_()
+    x.requires_grad_()
+    weight.requires_grad_()
+    above = torch.randn_like(conv(x, weight, 2, 2))
+    above_images = above.permute(3, 0, 1, 2).contiguous()
 
-    def step(layer: nn.Module) -> Callable[[], Any]:
-        return lambda: torch.autograd.grad(layer(x), [x, layer.weight, layer.bias], above)
+    def ours() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(conv(x, weight, 2, 2), [x, weight], above)
+
+    def plain() -> tuple[torch.Tensor, ...]:
+        of_x, of_weight = torch.autograd.grad(F.conv2d(images, weight, None, 2, 2), [images, weight], above_images)
+        return of_x.permute(1, 2, 3, 0), of_weight
 
     def check(contenders: dict[str, Any]) -> None:
-        found = [call() for call in contenders.values()]
-        for a, b in zip(*found, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+        for a, b in zip(*(call() for call in contenders.values()), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-2)
 
-    contest({"fastcl": step(ours), "plain torch": step(plain)}, check)
+    contest({"fastcl": ours, "plain torch": plain}, check)
 
 
 class PlainHAT(HAT):

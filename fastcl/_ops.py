@@ -66,6 +66,14 @@ def define(schema: str, reference: Callable[..., Any]) -> torch._ops.OpOverload:
     return op
 
 
+def internal(schema: str, reference: Callable[..., Any]) -> torch._ops.OpOverload:
+    """Defines an op for our own layers alone: a kernel on the CPU, `reference` for all else, not in the catalogue."""
+    name = schema.split("(", 1)[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, reference, "CompositeExplicitAutograd")
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
 def on_gpu(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
     """The op's Triton half, in triton.py beside the reference: the reference's checks, then the launch."""
 

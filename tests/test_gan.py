@@ -25,7 +25,6 @@ from fastcl.nn import (
     frozen,
     mixed,
 )
-from fastcl.nn.gan import ImageConv2d
 from fastcl.nn.precision import has_fast_bfloat16
 from fastcl.optim import MaskedAdam
 
@@ -110,26 +109,6 @@ def test_critic_loss_refuses_what_does_not_fit() -> None:
         critic_loss(critic, torch.zeros(3, 4), torch.zeros(2, 4), 1.0)
     with pytest.raises(ValueError, match="penalty is -1"):
         critic_loss(critic, torch.zeros(3, 4), torch.zeros(3, 4), -1)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("size", [(8, 8), (28, 28), (10, 6), (7, 9)])
-def test_the_image_convolution_is_the_convolution(channels: int, size: tuple[int, int]) -> None:
-    """Forward, its gradients and theirs (a gradient penalty's), in float64; odd images take the plain way."""
-    torch.manual_seed(0)
-    conv = ImageConv2d(channels, 4).double()
-    plain = nn.Conv2d(channels, 4, 5, 2, 2).double()
-    plain.load_state_dict(conv.state_dict())
-    found = []
-    for layer in (conv, plain):
-        x = torch.rand(2, channels, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        x.requires_grad_()
-        y = F.leaky_relu(layer(x), 0.2)
-        (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-        slope.square().sum().backward()
-        found.append([y.detach(), slope.detach(), x.grad, layer.weight.grad, layer.bias.grad])
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs)
 
 
 def test_mixed_is_what_it_is_asked_to_be() -> None:

@@ -10,10 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import batch_last
 from .convert import Reserved, reserved_masks
 from .gan import crop, upsamplings
 from .grow import grow
 from .masked import MaskedConvTranspose2d, begin_task, end_task, set_scale, sparsity
+
+
+def _transposed(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    return F.conv_transpose2d(x, weight, None, stride, padding)
 
 
 class DynamicGenerator(nn.Module):
@@ -116,14 +121,21 @@ class DynamicGenerator(nn.Module):
         return self._run(z, len(self.sizes) - 1, weights, gates)
 
     def _run(self, z: Tensor, task: int, weights: Sequence[Tensor], gates: Sequence[Tensor | None]) -> Tensor:
-        x = z[:, :, None, None]
+        last = batch_last.fits(self, z)
+        x = z.t()[:, None, None, :] if last else z[:, :, None, None]
+        convolved = batch_last.transposed if last else _transposed
         for i, (weight, gate) in enumerate(zip(weights, gates, strict=True)):
-            x = F.conv_transpose2d(x, weight, None, 1 if i == 0 else 2, 0 if i == 0 else 1)
-            before = gate is not None and self.mask_position == "pre_norm"
-            x = self.norms[task][i](x * gate[:, None, None] if before else x).relu()
-            if gate is not None and not before:
-                x = x * gate[:, None, None]
-        return crop((self.outputs[task](x).to(z.dtype).tanh() + 1) / 2, self.input_shape)
+            x = convolved(x, weight, 1 if i == 0 else 2, 0 if i == 0 else 1)
+            by_channel = None if gate is None else gate[:, None, None, None] if last else gate[:, None, None]
+            if by_channel is not None and self.mask_position == "pre_norm":
+                x = x * by_channel
+            norm = self.norms[task][i]
+            x = (batch_last.norm(norm, x) if last else norm(x)).relu()
+            if by_channel is not None and self.mask_position == "activation":
+                x = x * by_channel
+        x = convolved(x, self.outputs[task].weight, 2, 1)
+        x = crop((batch_last.to_images(x) if last else x).to(z.dtype), self.input_shape)
+        return (x.tanh() + 1) / 2
 
     @torch.no_grad()
     def generate(self, y: Tensor, generator: torch.Generator | None = None) -> Tensor:

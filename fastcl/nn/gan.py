@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import batch_last
+
 
 def upsamplings(input_shape: Sequence[int]) -> int:
     """How often 4 x 4 is doubled until the image fits: 3 for 28 x 28 and 32 x 32.
@@ -61,6 +63,11 @@ class ConditionalBatchNorm2d(nn.Module):
         scale, shift = (table(y)[:, :, None, None] for table in (self.scale, self.shift))
         return torch.addcmul(shift, scale, self.norm(x))
 
+    def batch_last(self, x: Tensor, y: Tensor) -> Tensor:
+        """The same of x [C, H, W, N]."""
+        scale, shift = (table(y).t()[:, None, None, :] for table in (self.scale, self.shift))
+        return torch.addcmul(shift, scale, batch_last.norm(self.norm, x))
+
 
 class DCGAN(nn.Module):
     r"""The DCGAN generator (Radford et al. 2016), conditional by its BatchNorms (MeRGAN, Wu et al. 2018).
@@ -93,10 +100,19 @@ class DCGAN(nn.Module):
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
         """Images [N, *input_shape] of the classes y [N]."""
+        if batch_last.fits(self, z):
+            return self._batch_last(z, y)
         x = z[:, :, None, None]
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = norm(layer(x), y).relu()
         return crop((self.output(x).to(z.dtype).tanh() + 1) / 2, self.input_shape)
+
+    def _batch_last(self, z: Tensor, y: Tensor) -> Tensor:
+        x = z.t()[:, None, None, :]
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = norm.batch_last(batch_last.transposed(x, layer.weight, layer.stride[0], layer.padding[0]), y).relu()
+        x = batch_last.to_images(batch_last.transposed(x, self.output.weight, 2, 1))
+        return (crop(x, self.input_shape).tanh() + 1) / 2
 
     @torch.no_grad()
     def sample(self, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -109,33 +125,6 @@ class DCGAN(nn.Module):
             return torch.cat([self(a, b) for a, b in zip(z.split(1024), y.to(device).split(1024), strict=True)])
         finally:
             self.train(training)
-
-
-class ImageConv2d(nn.Conv2d):
-    r"""A 5 x 5 convolution with stride 2 and padding 2 that runs fast on images of few channels on a CPU.
-
-    There it is the 3 x 3 convolution of stride 1 on the image's 2 x 2 blocks as channels (the weight's sixth row and
-    column are 0): the same sums, but faster backward passes, since the CPU's library has no fast ones for fewer than 4
-    channels (`pytest bench/bench_methods.py -k image`). On other devices it is the plain convolution.
-
-    Args:
-        in_channels: C. out_channels: O.
-
-    Example:
-        >>> ImageConv2d(1, 16)(torch.zeros(2, 1, 28, 28)).shape
-        torch.Size([2, 16, 14, 14])
-    """
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 5, 2, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [N, C, H, W] to [N, O, ceil(H / 2), ceil(W / 2)]."""
-        if x.device.type != "cpu" or self.in_channels > 3 or x.shape[2] % 2 or x.shape[3] % 2:
-            return super().forward(x)
-        o, c = self.weight.shape[:2]
-        blocks = F.pad(self.weight, (0, 1, 0, 1)).view(o, c, 3, 2, 3, 2).permute(0, 1, 3, 5, 2, 4)
-        return F.conv2d(F.pixel_unshuffle(x, 2), blocks.reshape(o, 4 * c, 3, 3), self.bias, 1, 1)
 
 
 class Discriminator(nn.Module):
@@ -162,8 +151,7 @@ class Discriminator(nn.Module):
         layers: list[nn.Module] = []
         for i in range(3):
             after, stride = width * 2**i, 2 if max(height, size) > 4 else 1
-            plain = i > 0 or stride == 1
-            layers.append(nn.Conv2d(channels, after, 5, stride, 2) if plain else ImageConv2d(channels, after))
+            layers.append(nn.Conv2d(channels, after, 5, stride, 2))
             if norm and i:
                 layers.append(nn.BatchNorm2d(after))
             layers.append(nn.LeakyReLU(0.2))
@@ -172,18 +160,22 @@ class Discriminator(nn.Module):
         self.critic = nn.Linear(channels * height * size, 1)
         self.classes = nn.Linear(channels * height * size, n_classes) if n_classes else nn.Identity()
 
+    def _features(self, x: Tensor) -> Tensor:
+        x = 2 * x - 1
+        return batch_last.run(self.trunk, x) if batch_last.fits(self, x) else self.trunk(x)
+
     def judge(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The critic's value [N] and the logits [N, classes]."""
-        features = self.trunk(2 * x - 1)
+        features = self._features(x)
         return self.critic(features).squeeze(1).to(x.dtype), self.classes(features).to(x.dtype)
 
     def value(self, x: Tensor) -> Tensor:
         """The critic's value [N]."""
-        return self.critic(self.trunk(2 * x - 1)).squeeze(1).to(x.dtype)
+        return self.critic(self._features(x)).squeeze(1).to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """The logits [N, classes]."""
-        return self.classes(self.trunk(2 * x - 1)).to(x.dtype)
+        return self.classes(self._features(x)).to(x.dtype)
 
     def reset_parameters(self) -> None:
         """All weights anew, in place (DGM begins every task so)."""
