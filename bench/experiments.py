@@ -217,6 +217,8 @@ def mnist() -> Iterator[Experiment]:
             # with its usual 16 epochs DGR takes ten minutes; in a task's own classes, or from noise, 4 show as much
             few = {"epochs": 4} if method == "dgr" and (setting == "task" or "replay" in options) else {}
             few = {"epochs": 1} if method == "cln" else few  # as in `neurogenesis`
+            # the steps for a class of `generative`, which takes twice the tasks
+            few = {"epochs": 4, "batch_size": 64} if method.startswith(("dgm", "mergan")) else few
             yield Experiment(label, method, setting, "split", {**chosen, **options}, few, seeds=3)
 
 
