@@ -115,6 +115,14 @@ auto simd_of_width(Args... args) {
   return Body<16>::run(args...);
 }
 
+inline void prefetch(const void* at) {  // the line that will be written there; only a hint
+#ifdef __GNUC__
+  __builtin_prefetch(at, 1);
+#else
+  (void)at;
+#endif
+}
+
 // ---- threads ----
 
 template <class F>

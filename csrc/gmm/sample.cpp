@@ -121,6 +121,10 @@ void sample(In* out, const Grouped& groups, const Tensor& means, const Tensor& t
         low[s] = static_cast<uint32_t>(n);
         high[s] = static_cast<uint32_t>(n >> 32);
       }
+      // a component's rows lie apart in memory: their lines come while the numbers are made (a third of the time)
+      for (int64_t s = 0; s < piece.samples; ++s)
+        for (int64_t j = 0; j < features; j += 64 / static_cast<int64_t>(sizeof(In)))
+          prefetch(out + rows[s] * features + j);
       const uint32_t *lows = low, *highs = high;
       const T* m = mean.get() + piece.component * features;
       if (!full) {
