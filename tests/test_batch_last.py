@@ -122,6 +122,73 @@ def test_refuses_what_does_not_fit() -> None:
             call()
 
 
+# ---- BatchNorm of rows ----
+
+
+def rows(n: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """x [3, n] far from 0, weight and bias."""
+    return 10 + torch.randn(3, n, dtype=dtype), torch.randn(3, dtype=dtype), torch.randn(3, dtype=dtype)
+
+
+@pytest.mark.parametrize("n", [2, 31, 32, 33, 70])
+def test_norm_has_all_gradients_twice(n: int) -> None:
+    x, weight, bias = (t.requires_grad_() for t in rows(n))
+    for form, inputs in (
+        (lambda x, w, b: _chwn.norm(x, w, b, 1e-5)[0], (x, weight, bias)),
+        (lambda x: _chwn.norm(x, None, None, 1e-5)[0], (x,)),
+    ):
+        assert torch.autograd.gradcheck(form, inputs)
+        assert torch.autograd.gradgradcheck(form, inputs)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.0, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_norm_is_torch_s_batchnorm(dtype: torch.dtype, momentum: float | None) -> None:
+    """Three batches of other sizes, running statistics and counts; in eval mode; and the same bits on any threads."""
+    x, weight, bias = rows(16385, dtype)
+    ours, theirs = (nn.BatchNorm2d(3, momentum=momentum, dtype=dtype) for _ in range(2))
+    for layer in (ours, theirs):
+        layer.load_state_dict({**layer.state_dict(), "weight": weight, "bias": bias})
+    for n in (5, 16385, 64):
+        maps = x[:, :n, None, None]
+        torch.testing.assert_close(
+            batch_last.norm(ours, maps), theirs(maps.permute(3, 0, 1, 2)).permute(1, 2, 3, 0), rtol=1e-5, atol=1e-5
+        )
+    for a, b in zip(ours.buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+    ours.eval()
+    theirs.eval()
+    torch.testing.assert_close(batch_last.norm(ours, maps)[None, :, :, 0, 0], theirs(maps[None, ..., 0])[..., 0])
+    torch.set_num_threads(1)
+    want = _chwn.norm(x, weight, bias, 1e-5)
+    torch.set_num_threads(3)
+    assert all(map(torch.equal, want, _chwn.norm(x, weight, bias, 1e-5)))
+    with pytest.raises(ValueError, match="more than 1 value"):
+        batch_last.norm(ours.train(), x[:, :1, None, None])
+
+
+def test_opcheck_of_norm(opcheck: Callable) -> None:
+    x, weight, bias = rows(33, torch.float32)
+    y, mean, _, r = _chwn._norm_op(x, weight, bias, 1e-5)
+    opcheck(_chwn._norm_op, (x, weight, bias, 1e-5))
+    opcheck(_chwn._norm_op, (x[:, ::2], None, None, 1e-5))
+    opcheck(_chwn._norm_backward_op, (y, x, weight, mean, r))
+    opcheck(_chwn._norm_twice_op, (y, bias, bias, y, x, weight, mean, r))
+
+
+@needs_kernels
+def test_norm_refuses_what_does_not_fit() -> None:
+    x, weight, bias = rows(5, torch.float32)
+    for match, call in (
+        ("x must be float32 or float64", lambda: _chwn.norm(x.half(), None, None, 1e-5)),
+        ("weight must be a CPU tensor with a number for each row of x", lambda: _chwn.norm(x, weight[:2], bias, 1e-5)),
+        ("bias must have the dtype of x", lambda: _chwn.norm(x, weight, bias.double(), 1e-5)),
+        (r"x must be a CPU tensor \[C, L\], not empty", lambda: _chwn.norm(x[0], weight, bias, 1e-5)),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call()
+
+
 # ---- the networks ----
 
 

@@ -45,8 +45,19 @@ def to_images(x: Tensor) -> Tensor:
 
 
 def norm(layer: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """A BatchNorm: one image of all images side by side has the same statistics."""
-    return layer(x.flatten(2).unsqueeze(0)).view(x.shape)
+    """A BatchNorm of x [C, H, W, N], whose channels are rows."""
+    rows = x.flatten(1)
+    if not layer.training or not layer.track_running_stats or rows.shape[1] < 2:
+        return layer(rows[None, :, :, None]).view(x.shape)
+    y, mean, variance = _chwn.norm(rows, layer.weight, layer.bias, layer.eps)
+    with torch.no_grad():
+        layer.num_batches_tracked += 1
+        momentum = 1 / int(layer.num_batches_tracked) if layer.momentum is None else layer.momentum
+        if momentum:
+            n = rows.shape[1]
+            layer.running_mean.lerp_(mean, momentum)
+            layer.running_var.lerp_(variance * (n / (n - 1)), momentum)
+    return y.view(x.shape)
 
 
 def transposed(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
