@@ -133,8 +133,8 @@ def growth() -> Iterator[Experiment]:
         yield Experiment("fine-tuning", "finetune", "task", scenario, full, rest, seeds)
         yield Experiment("DEN", "den", "task", scenario, {**full, **stages}, rest, seeds)
         yield Experiment("separate networks", "separate", "task", scenario, full, rest, seeds)
+        yield Experiment("joint", "joint", "task", scenario, full, rest, seeds)
         if scenario == "variation":
-            yield Experiment("joint", "joint", "task", scenario, full, rest, seeds)
             yield Experiment(
                 "DEN-Finetune", "den", "task", scenario, {**full, **stages}, {**rest, "finetune": 10}, seeds
             )
