@@ -64,8 +64,18 @@ ROWS = [
         [("eager", "eager"), COMPILED],
     ),
     (
+        "`gmm_sample`, K = 10, D = 32, full",
+        "mixtures.md",
+        "sampling[full-K=10-D=32]",
+        [
+            ("eager GEMMs", "eager, bucketed GEMMs"),
+            ("torch.distributions", "torch.distributions"),
+            ("scikit-learn", "scikit-learn's sampling"),
+        ],
+    ),
+    (
         "`gmm_log_prob`, K = 10, D = 32",
-        "cpu.md",
+        "mixtures.md",
         "log_prob[full-K=10-D=32]",
         [("eager GEMMs", "eager GEMMs"), ("`MultivariateNormal`", "MultivariateNormal.log_prob")],
     ),
@@ -75,6 +85,7 @@ ROWS = [
         "em_iteration[full-K=10-D=32]",
         [("scikit-learn", "scikit-learn"), ("pomegranate", "pomegranate")],
     ),
+    ("a whole DGM step, one-class digits", "methods.md", "dgm_step[6-whole]", [("plain torch", "plain torch")]),
 ]
 
 
