@@ -1,6 +1,7 @@
 // BatchNorm of rows [C, L], with its first and second derivatives: what a gradient penalty asks for. A row is a channel
 // of maps with the batch last (chwn.cpp); each pass over it finds it in the cache.
 #include <cmath>
+#include <optional>
 
 #include "cpu.h"
 
