@@ -269,6 +269,11 @@ def test_who_watches_the_layers_sees_them() -> None:
     torch.testing.assert_close(critic(x), want)
     assert seen == ["seen"]
     handle.remove()
+    for watch in (nn.modules.module.register_module_forward_hook, critic.trunk.register_full_backward_pre_hook):
+        handle = watch(lambda *_: None)
+        assert not batch_last.fits(critic, x)
+        handle.remove()
+    assert batch_last.fits(critic, x)
     with torch.autocast("cpu", torch.bfloat16):
         assert not batch_last.fits(critic, x)
     torch.testing.assert_close(torch.func.vmap(lambda x: critic(x[None])[0])(x), want, rtol=1e-4, atol=1e-5)

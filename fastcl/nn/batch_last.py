@@ -13,6 +13,9 @@ from ..ops import _chwn
 from ..ops._chwn import conv, conv_input
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def fits(module: nn.Module, x: Tensor) -> bool:
     """Whether `module` may run on x so: plain float32 or float64 on a CPU, and nobody watches its layers.
 
@@ -30,7 +33,8 @@ def fits(module: nn.Module, x: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
-        and not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in module.modules())
+        and not torch.nn.modules.module._has_any_global_hook()
+        and not any(getattr(m, hooks) for m in module.modules() for hooks in HOOKS)
     )
 
 

@@ -63,7 +63,7 @@ class ConditionalBatchNorm2d(nn.Module):
         scale, shift = (table(y)[:, :, None, None] for table in (self.scale, self.shift))
         return torch.addcmul(shift, scale, self.norm(x))
 
-    def batch_last(self, x: Tensor, y: Tensor) -> Tensor:
+    def chwn(self, x: Tensor, y: Tensor) -> Tensor:
         """The same of x [C, H, W, N]."""
         scale, shift = (table(y).t()[:, None, None, :] for table in (self.scale, self.shift))
         return torch.addcmul(shift, scale, batch_last.norm(self.norm, x))
@@ -101,16 +101,16 @@ class DCGAN(nn.Module):
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
         """Images [N, *input_shape] of the classes y [N]."""
         if batch_last.fits(self, z):
-            return self._batch_last(z, y)
+            return self._chwn(z, y)
         x = z[:, :, None, None]
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = norm(layer(x), y).relu()
         return crop((self.output(x).to(z.dtype).tanh() + 1) / 2, self.input_shape)
 
-    def _batch_last(self, z: Tensor, y: Tensor) -> Tensor:
+    def _chwn(self, z: Tensor, y: Tensor) -> Tensor:
         x = z.t()[:, None, None, :]
         for layer, norm in zip(self.layers, self.norms, strict=True):
-            x = norm.batch_last(batch_last.transposed(x, layer.weight, layer.stride[0], layer.padding[0]), y).relu()
+            x = norm.chwn(batch_last.transposed(x, layer.weight, layer.stride[0], layer.padding[0]), y).relu()
         x = batch_last.to_images(batch_last.transposed(x, self.output.weight, 2, 1))
         return (crop(x, self.input_shape).tanh() + 1) / 2
 
