@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ..ops import _chwn
 from ..ops._chwn import conv, conv_input
 
-
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
