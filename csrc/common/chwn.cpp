@@ -280,7 +280,7 @@ void dispatch(const Tensor& t, const F& f) {
   t.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
 }
 
-Tensor product(const char* op, bool forward, Geometry g, const Tensor& given, const Tensor& weight) {
+Tensor product(bool forward, Geometry g, const Tensor& given, const Tensor& weight) {
   const int64_t n = g.n;
   const Tensor from = filled(given), w = torch::stable::contiguous(weight);
   g.n = from.size(3);
@@ -303,7 +303,7 @@ Tensor chwn_conv(const Tensor& x, const Tensor& weight, int64_t stride, int64_t 
   FASTCL_CHECK(weight.size(1) == x.size(0), op, ": weight has ", weight.size(1), " channels but x has ", x.size(0));
   const Geometry g = geometry(op, x.size(0), weight.size(0), x.size(3), {x.size(1), x.size(2)},
                               {weight.size(2), weight.size(3)}, stride, padding);
-  return product(op, true, g, x, weight);
+  return product(true, g, x, weight);
 }
 
 Tensor chwn_conv_input(const Tensor& y, const Tensor& weight, int64_t stride, int64_t padding, int64_t height,
@@ -314,7 +314,7 @@ Tensor chwn_conv_input(const Tensor& y, const Tensor& weight, int64_t stride, in
   const Geometry g = geometry(op, weight.size(1), weight.size(0), y.size(3), {height, width},
                               {weight.size(2), weight.size(3)}, stride, padding);
   check_y(op, "y", y, g);
-  return product(op, false, g, y, weight);
+  return product(false, g, y, weight);
 }
 
 Tensor chwn_conv_weight(const Tensor& y, const Tensor& x, int64_t stride, int64_t padding, int64_t height,
