@@ -374,7 +374,7 @@ def table(name: str, experiments: list[Experiment], done: dict[str, dict[str, An
             lines = [done[k] for k in (e.key(first + n) for n in range(e.seeds)) if k in done]
             if not lines:
                 continue
-            told = {**e.options, **{k: v for k, v in e.rest.items() if k == "epochs"}}
+            told = {**e.options, **{k: v for k, v in e.rest.items() if k in ("epochs", "batch_size")}}
             options = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in told.items())
             accuracy, forgetting = ([100 * x[c] for x in lines] for c in ("average_accuracy", "forgetting"))
             seconds, parameters = (statistics.mean(x[c] for x in lines) for c in ("seconds", "parameters"))
