@@ -356,9 +356,7 @@ def table(name: str, experiments: list[Experiment], done: dict[str, dict[str, An
         text.append("(Those of separate networks were of the wall until 2026-11-22.)")
     if name in AFTER:
         text.append("After t: accuracy on real test images of the classes seen so far; of generated: how often a")
-        text.append(
-            "classifier trained on real data names 1000 generated images as they are meant. Pictures: seed 0's."
-        )
+        text.append("classifier trained on real data names 1000 generated images as meant. Pictures: seed 0's.")
     groups: dict[tuple[str, str], list[Experiment]] = {}
     for e in experiments:
         groups.setdefault((e.scenario, e.setting), []).append(e)
