@@ -32,6 +32,7 @@ CASES = [
     (17, 3, 5, (9, 4), (3, 3), 3, 1),
     (1, 2, 1, (1, 1), (5, 5), 2, 2),
     (8, 2, 3, (6, 7), (2, 2), 3, 0),  # stride over the kernel: pixels that nothing reads
+    (4, 2, 3, (5, 5), (4, 4), 2, 0),  # one place, of which a row and a column are no part
 ]
 
 

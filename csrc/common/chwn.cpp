@@ -161,10 +161,13 @@ struct Outer {
   T* weight;
 };
 
+constexpr int kOutputs = 4;  // times channels: 16 sums in 32 registers, or 8 in 16
+constexpr int channels_at_once(int bytes) { return bytes == 64 ? 4 : 2; }
+FASTCL_HD int64_t block_channels(const Geometry& g, int bytes) { return g.channels == 1 ? 1 : channels_at_once(bytes); }
+
 template <class T, int bytes>
 struct Correlate {
   static constexpr int kLane = bytes / static_cast<int>(sizeof(T));
-  static constexpr int kOutputs = 4, kChannels = bytes == 64 ? 4 : 2;  // 16 sums in 32 registers, or 8 in 16
   using Vector = typename Lanes<T, kLane>::Vector;
 
   // weight[o ... , c ... , tap]; beyond the last feature the last one again, whose sums are left out
@@ -208,12 +211,12 @@ struct Correlate {
 
   static FASTCL_HD void run(const Outer<T>* outer, int64_t first, int64_t last) {
     const Geometry& g = outer->g;
-    const int64_t width = g.channels == 1 ? 1 : kChannels, across = (g.channels + width - 1) / width;
+    const int64_t width = block_channels(g, bytes), across = (g.channels + width - 1) / width;
     for (int64_t task = first; task < last; ++task)
       for (int64_t tap = 0; tap < g.taps(); ++tap) {
         const int64_t o = task / across * kOutputs, c = task % across * width;
         const int64_t a = tap / g.kernel[1], b = tap % g.kernel[1];
-        width == 1 ? block<1>(*outer, o, c, a, b) : block<kChannels>(*outer, o, c, a, b);
+        width == 1 ? block<1>(*outer, o, c, a, b) : block<channels_at_once(bytes)>(*outer, o, c, a, b);
       }
   }
 };
@@ -227,9 +230,9 @@ struct CorrelateOf {
 template <class T>
 void correlate(const Geometry& g, const T* y, const T* x, T* weight) {
   const Outer<T> p{g, y, x, weight};
-  const int64_t outputs = 4, width = g.channels == 1 ? 1 : vector_bytes() == 64 ? 4 : 2;
-  const int64_t tasks = ceil_div(g.outputs, outputs) * ceil_div(g.channels, width);
-  const int64_t cost = outputs * width * g.taps() * g.out[0] * g.out[1] * g.n;
+  const int64_t width = block_channels(g, vector_bytes());
+  const int64_t tasks = ceil_div(g.outputs, kOutputs) * ceil_div(g.channels, width);
+  const int64_t cost = kOutputs * width * g.taps() * g.out[0] * g.out[1] * g.n;
   par_for(0, tasks, std::max<int64_t>(1, 262144 / cost),
           [&](int64_t first, int64_t last) { simd_of_width<CorrelateOf<T>::template Body>(&p, first, last); });
 }
