@@ -212,6 +212,7 @@ def conv_weight(y: Tensor, x: Tensor, stride: int, padding: int, size: tuple[int
         >>> conv_weight(torch.ones(3, 2, 2, 5), torch.ones(1, 4, 4, 5), 2, 1, (4, 4)).shape
         torch.Size([3, 1, 4, 4])
     """
-    if y.shape[1:3] == (1, 1) and x.shape[1:3] == tuple(size) and padding == 0:  # every tap meets one place: a plain product
+    # every tap meets one place, and every place of x a tap: a plain product
+    if y.shape[1:3] == (1, 1) and x.shape[1:3] == tuple(size) and padding == 0:
         return (y.flatten(0, 2) @ x.flatten(0, 2).t()).view(y.shape[0], x.shape[0], *size)
     return _Weight.apply(y, x, stride, padding, tuple(size))
