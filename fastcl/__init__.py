@@ -10,6 +10,7 @@ from . import ops
 if TYPE_CHECKING:
     from . import importance, methods, metrics, nn, optim, streams
     from ._info import build_info
+    from ._memory import release_memory
     from .importance import EWC, MAS, SI, FallbackWarning, RWalk, fisher_diagonal, mas_importance
     from .optim import protect
 
@@ -32,6 +33,7 @@ __all__ = [
     "ops",
     "optim",
     "protect",
+    "release_memory",
     "streams",
 ]
 
@@ -42,6 +44,7 @@ _NAMES = {
     **dict.fromkeys(("fisher_diagonal", "mas_importance"), "importance"),
     "build_info": "_info",
     "protect": "optim",
+    "release_memory": "_memory",
 }
 
 

@@ -32,7 +32,7 @@ void check_scale(const char* op, double scale) {
 Tensor mask_of(const char* op, Tensor embedding, double scale) {
   check_scale(op, scale);
   FASTCL_CHECK(embedding.is_cpu(), op, ": embedding must be a CPU tensor");
-  Tensor mask = fresh(torch::stable::empty_like(embedding));
+  Tensor mask = fresh_like(embedding);
   embedding = in_layout_of(embedding, mask);
   dispatch_float(embedding.scalar_type(), op, "embedding", [&](auto type) {
     using T = decltype(type);
@@ -61,7 +61,7 @@ Tensor mask_backward(const char* op, Tensor grad, Tensor embedding, double scale
   check_scale(op, scale);
   check_like(grad, embedding, op, "grad", "embedding");
   check_same_dtype(grad, embedding, op, "grad", "embedding");
-  Tensor grad_embedding = fresh(torch::stable::empty_like(embedding));
+  Tensor grad_embedding = fresh_like(embedding);
   embedding = in_layout_of(embedding, grad_embedding);
   grad = in_layout_of(grad, grad_embedding);
   dispatch_float(embedding.scalar_type(), op, "embedding", [&](auto type) {

@@ -109,7 +109,7 @@ Tensors mask_sparsity_backward(Tensor grad, Tensors masks, Tensors reserved) {
   });
   const double free = problem.sums().second;
   Tensors grads;
-  for (const Tensor& m : problem.masks) grads.push_back(fresh(torch::stable::empty_like(m)));
+  for (const Tensor& m : problem.masks) grads.push_back(fresh_like(m));
   problem.all.for_each([&](size_t t, int64_t begin, int64_t end, int64_t) {
     dispatch_float(grads[t].scalar_type(), op, "masks", [&](auto type) {
       using T = decltype(type);

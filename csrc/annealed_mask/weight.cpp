@@ -202,7 +202,7 @@ Tensor masked_weight(Tensor w, Tensor e, double scale, std::optional<Tensor> res
   check_scales(op, scale, s_max, compensation);
   const Problem problem(w, e, op);
   if (reserved) mask_of(reserved, problem.weight, op);  // used by backward, refused here
-  Tensor out = fresh(torch::stable::empty_like(problem.weight));
+  Tensor out = fresh_like(problem.weight);
   dispatch_float(w.scalar_type(), op, "weight", [&](auto type) {
     using T = decltype(type);
     T* to = static_cast<T*>(out.mutable_data_ptr());
@@ -236,7 +236,7 @@ std::tuple<Tensor, Tensor> masked_weight_kept(Tensor w, Tensor e, double scale, 
   const Problem problem(w, e, op);
   FASTCL_CHECK(!problem.per_unit, op, ": embedding must have the shape of weight");
   const Mask mask = mask_of(reserved, problem.weight, op);
-  Tensor out = fresh(torch::stable::empty_like(problem.weight));
+  Tensor out = fresh_like(problem.weight);
   const bool wide = w.scalar_type() == ScalarType::Double;
   Tensor kept = torch::stable::new_empty(out, {}, wide ? ScalarType::Double : ScalarType::Float);
   const VirtualArray all = elements_of(out);
@@ -278,8 +278,7 @@ std::tuple<Tensor, Tensor> masked_weight_backward(Tensor grad, std::optional<Ten
       return static_cast<double>(load(static_cast<const T*>(grad_kept->const_data_ptr())));
     });
   }
-  Tensor grad_w = fresh(torch::stable::empty_like(problem.weight)),
-         grad_e = fresh(torch::stable::empty_like(problem.embedding));
+  Tensor grad_w = fresh_like(problem.weight), grad_e = fresh_like(problem.embedding);
   grad = in_layout_of(grad, grad_w);
   dispatch_float(w.scalar_type(), op, "weight", [&](auto type) {
     using T = decltype(type);

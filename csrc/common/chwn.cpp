@@ -288,7 +288,7 @@ Tensor product(bool forward, Geometry g, const Tensor& given, const Tensor& weig
   const Tensor from = filled(given), w = torch::stable::contiguous(weight);
   g.n = from.size(3);
   const int64_t* size = forward ? g.out : g.in;
-  Tensor to = fresh(torch::stable::new_empty(given, {forward ? g.outputs : g.channels, size[0], size[1], g.n}));
+  Tensor to = fresh(given, {forward ? g.outputs : g.channels, size[0], size[1], g.n});
   dispatch(given, [&](auto type) {
     using T = decltype(type);
     multiply(g, forward, static_cast<const T*>(from.const_data_ptr()), static_cast<const T*>(w.const_data_ptr()),

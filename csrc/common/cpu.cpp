@@ -1,9 +1,5 @@
 #include "cpu.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <cstdlib>
 #include <cstring>
 
@@ -181,19 +177,6 @@ Tensor in_layout_of(const Tensor& t, const Tensor& like) {
   if (copy.scalar_type() != t.scalar_type()) copy = torch::stable::to(copy, t.scalar_type());
   torch::stable::copy_(copy, t);
   return copy;
-}
-
-Tensor fresh(Tensor t) {
-#ifdef __linux__
-  // Touching new memory page by page costs 5 times what writing it does (51 MB: 9.5 ms, on huge pages 1.9).
-  const uintptr_t bytes = static_cast<uintptr_t>(t.numel()) * t.element_size(), huge = uintptr_t(2) << 20;
-  if (bytes >= 2 * huge) {
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
-    const uintptr_t first = (begin + huge - 1) / huge * huge, last = (begin + bytes) / huge * huge;
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: failing changes nothing
-  }
-#endif
-  return t;
 }
 
 Tensor without_gaps(const Tensor& t) { return is_dense(t) ? t : in_layout_of(t, torch::stable::empty_like(t)); }

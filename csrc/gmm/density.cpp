@@ -194,7 +194,7 @@ Tensor gmm_log_prob(const Tensor& x, const Tensor& means, const Tensor& scale_tr
   check_matrix(op, "x", x, -1, "N", means.size(1), "D", means, "means");
   const Tensor rows = torch::stable::contiguous(x), mu = torch::stable::contiguous(means);
   const Tensor l = torch::stable::contiguous(scale_trils);
-  Tensor out = fresh(torch::stable::new_empty(x, {x.size(0), means.size(0)}));
+  Tensor out = fresh(x, {x.size(0), means.size(0)});
   dispatch_float(x.scalar_type(), op, "x", [&](auto type) {
     using In = decltype(type);
     using T = arithmetic_t<In>;
@@ -218,8 +218,8 @@ std::tuple<Tensor, Tensor> gmm_responsibilities(const Tensor& x, const Tensor& w
                ": weights must be [K] with the K of means, ", means.size(0));
   const Tensor rows = torch::stable::contiguous(x), mu = torch::stable::contiguous(means);
   const Tensor l = torch::stable::contiguous(scale_trils), shares = torch::stable::contiguous(weights);
-  Tensor responsibilities = fresh(torch::stable::new_empty(x, {x.size(0), means.size(0)}));
-  Tensor log_density = fresh(torch::stable::new_empty(x, {x.size(0)}));
+  Tensor responsibilities = fresh(x, {x.size(0), means.size(0)});
+  Tensor log_density = fresh(x, {x.size(0)});
   dispatch_float(x.scalar_type(), op, "x", [&](auto type) {
     using In = decltype(type);
     using T = arithmetic_t<In>;

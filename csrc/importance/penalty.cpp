@@ -177,7 +177,7 @@ Tensors quadratic_penalty_backward(const Tensor& grad_value, const Tensors& para
     return static_cast<double>(load(static_cast<const T*>(grad_value.const_data_ptr())));
   });
   Tensors grads;
-  for (size_t i = 0; i < params.size(); ++i) grads.push_back(fresh(torch::stable::empty_like(params[i])));
+  for (size_t i = 0; i < params.size(); ++i) grads.push_back(fresh_like(params[i]));
   problem.gradient<false>(Addresses::inputs(grads, problem.params), strength * upstream);
   return grads;
 }

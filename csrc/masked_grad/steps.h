@@ -2,11 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#if defined(_MSC_VER)
-#define FASTCL_EXPORT __declspec(dllexport)
-#else
-#define FASTCL_EXPORT __attribute__((visibility("default")))
-#endif
+#include "../common/export.h"
 
 namespace fastcl {
 
