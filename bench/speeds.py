@@ -70,7 +70,7 @@ ROWS = [
         [
             ("eager GEMMs", "eager, bucketed GEMMs"),
             ("torch.distributions", "torch.distributions"),
-            ("scikit-learn", "scikit-learn's sampling"),
+            ("scikit-learn", "scikit-learn"),
         ],
     ),
     (

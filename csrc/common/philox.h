@@ -82,24 +82,35 @@ FASTCL_AVX2 inline void philox_words_avx2(uint32_t* words, int64_t stride, uint3
   if (s < n) philox_words_plain(words + s, stride, c0, c1 + s, c3 + s, n - s, key0, key1);
 }
 
-// The same with twice the lanes, an exclusive or of three in one instruction.
+// The same with twice the lanes, an exclusive or of three in one instruction, which reads a round's key from memory.
+// The first round's products are one number and zero.
 FASTCL_AVX512 inline void philox_words_avx512(uint32_t* words, int64_t stride, uint32_t c0, const uint32_t* c1,
                                               const uint32_t* c3, int64_t n, uint32_t key0, uint32_t key1) {
   const __m512i m0 = _mm512_set1_epi64(kPhiloxM0), m1 = _mm512_set1_epi64(kPhiloxM1);
+  const uint64_t product = uint64_t(kPhiloxM0) * c0;
+  const __m512i first_key_a = _mm512_set1_epi32(static_cast<int>(key0));
+  const __m512i first_key_b = _mm512_set1_epi32(static_cast<int>(static_cast<uint32_t>(product >> 32) ^ key1));
+  const __m512i rest = _mm512_set1_epi32(static_cast<int>(static_cast<uint32_t>(product))),
+                zero = _mm512_setzero_si512();
+  uint32_t keys[9][2];
+  for (uint32_t round = 0; round < 9; ++round) {
+    keys[round][0] = key0 + (round + 1) * kPhiloxW0;
+    keys[round][1] = key1 + (round + 1) * kPhiloxW1;
+  }
   int64_t s = 0;
   for (; s + 16 <= n; s += 16) {
-    const __m512i low = _mm512_loadu_si512(c1 + s), high = _mm512_loadu_si512(c3 + s);
-    const __m512i first = _mm512_set1_epi32(static_cast<int>(c0)), zero = _mm512_setzero_si512();
-    __m512i a[4] = {first, low, zero, high};
-    __m512i b[4] = {first, _mm512_srli_epi64(low, 32), zero, _mm512_srli_epi64(high, 32)};
-    uint32_t k0 = key0, k1 = key1;
-#pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1) {
-      const __m512i key_a = _mm512_set1_epi32(static_cast<int>(k0)), key_b = _mm512_set1_epi32(static_cast<int>(k1));
+    const __m512i low = _mm512_xor_si512(_mm512_loadu_si512(c1 + s), first_key_a);
+    const __m512i high = _mm512_xor_si512(_mm512_loadu_si512(c3 + s), first_key_b);
+    __m512i a[4] = {low, zero, high, rest};
+    __m512i b[4] = {_mm512_srli_epi64(low, 32), zero, _mm512_srli_epi64(high, 32), rest};
+#pragma GCC unroll 9
+    for (const auto& key : keys) {
+      const __m512i key_a = _mm512_set1_epi32(static_cast<int>(key[0]));
+      const __m512i key_b = _mm512_set1_epi32(static_cast<int>(key[1]));
       for (__m512i* c : {a, b}) {
         const __m512i product0 = _mm512_mul_epu32(c[0], m0), product1 = _mm512_mul_epu32(c[2], m1);
-        c[0] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(product1, 32), c[1], key_a, 0x96);
-        c[2] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(product0, 32), c[3], key_b, 0x96);
+        c[0] = _mm512_ternarylogic_epi32(_mm512_srli_epi64(product1, 32), c[1], key_a, 0x96);
+        c[2] = _mm512_ternarylogic_epi32(_mm512_srli_epi64(product0, 32), c[3], key_b, 0x96);
         c[1] = product1;
         c[3] = product0;
       }

@@ -82,20 +82,31 @@ struct Pair {
   T first, second;
 };
 
+// x, negated where the top bit of `sign` is set.
+FASTCL_HD float flip(float x, uint32_t sign) {
+  return float_from_bits(static_cast<int32_t>(static_cast<uint32_t>(float_bits(x)) ^ (sign & 0x80000000u)));
+}
+FASTCL_HD double flip(double x, uint32_t sign) {
+  uint64_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits ^= static_cast<uint64_t>(sign & 0x80000000u) << 32;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 // Two words to two normals: r = sqrt(-2 log u), angle 2 pi v. u = a 2^-32 + 2^-33 is *defined* as rounded to float (a
 // float keeps more of a small u: tails reach 6.7 sigma), so that float and double arithmetic follow one stream.
 // v = b 2^-32; the octant is taken off in integers, exactly, before any rounding.
 template <class T>
 FASTCL_HD Pair<T> box_muller(uint32_t a, uint32_t b) {
   const float u = static_cast<float>(a) * 2.3283064365386963e-10f + 1.1641532182693481e-10f;
-  const uint32_t quadrant = (b + 0x20000000u) >> 30;
-  const int32_t rest = static_cast<int32_t>(b - (quadrant << 30));                           // in [-2^29, 2^29)
+  const uint32_t turned = b + 0x20000000u;                                                   // the quadrant on top
+  const int32_t rest = static_cast<int32_t>(b - (turned & 0xC0000000u));                     // in [-2^29, 2^29)
   const SinCos<T> octant = sincos_octant(static_cast<T>(rest) * T(1.4629180792671596e-09));  // 2 pi 2^-32
   const T r = sqrt(T(-2) * log_unit(static_cast<T>(u)));
-  const bool odd = quadrant & 1u;
+  const bool odd = turned & 0x40000000u;
   const T s = odd ? octant.cos : octant.sin, c = odd ? octant.sin : octant.cos;
-  const T rc = r * c, rs = r * s;
-  return {((quadrant + 1u) & 2u) ? -rc : rc, (quadrant & 2u) ? -rs : rs};
+  return {flip(r * c, turned ^ (turned << 1)), flip(r * s, turned)};
 }
 
 }  // namespace fastcl

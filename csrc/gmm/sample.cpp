@@ -12,31 +12,29 @@ constexpr const char* kOp = "gmm_sample";
 constexpr int64_t kWidest = 64;  // samples of a block, at most
 
 // Four features' normals of a block of samples: counter (feature / 4, sample's low word, 0, its high word). They come
-// as rows of samples, [features][width], or as one sample's four side by side, [features / 4][width][4].
+// as rows of samples, [4][width], or as one sample's four side by side, [width][4].
 template <class T, bool side_by_side>
 struct Normals {
   static FASTCL_HD void run(T* FASTCL_RESTRICT eps, const uint32_t* FASTCL_RESTRICT low,
-                            const uint32_t* FASTCL_RESTRICT high, int64_t quads, int64_t width, uint32_t key0,
+                            const uint32_t* FASTCL_RESTRICT high, int64_t quad, int64_t width, uint32_t key0,
                             uint32_t key1, PhiloxWords random) {
     alignas(64) uint32_t words[4][kWidest];
-    for (int64_t quad = 0; quad < quads; ++quad, eps += 4 * width) {
-      random(words[0], kWidest, static_cast<uint32_t>(quad), low, high, width, key0, key1);
-      if constexpr (side_by_side) {
-        for (int64_t s = 0; s < width; ++s) {
-          const Pair<T> a = box_muller<T>(words[0][s], words[1][s]), b = box_muller<T>(words[2][s], words[3][s]);
-          eps[4 * s] = a.first;
-          eps[4 * s + 1] = a.second;
-          eps[4 * s + 2] = b.first;
-          eps[4 * s + 3] = b.second;
-        }
-      } else {
-        for (int half = 0; half < 2; ++half)
-          for (int64_t s = 0; s < width; ++s) {
-            const Pair<T> pair = box_muller<T>(words[2 * half][s], words[2 * half + 1][s]);
-            eps[2 * half * width + s] = pair.first;
-            eps[(2 * half + 1) * width + s] = pair.second;
-          }
+    random(words[0], kWidest, static_cast<uint32_t>(quad), low, high, width, key0, key1);
+    if constexpr (side_by_side) {
+      for (int64_t s = 0; s < width; ++s) {
+        const Pair<T> a = box_muller<T>(words[0][s], words[1][s]), b = box_muller<T>(words[2][s], words[3][s]);
+        eps[4 * s] = a.first;
+        eps[4 * s + 1] = a.second;
+        eps[4 * s + 2] = b.first;
+        eps[4 * s + 3] = b.second;
       }
+    } else {
+      for (int half = 0; half < 2; ++half)
+        for (int64_t s = 0; s < width; ++s) {
+          const Pair<T> pair = box_muller<T>(words[2 * half][s], words[2 * half + 1][s]);
+          eps[2 * half * width + s] = pair.first;
+          eps[(2 * half + 1) * width + s] = pair.second;
+        }
     }
   }
 };
@@ -106,11 +104,12 @@ void sample(In* out, const Grouped& groups, const Tensor& means, const Tensor& t
   for (int64_t k = 0; k < components; ++k)
     for (int64_t at = groups.begin[k]; at < groups.begin[k + 1]; at += width)
       pieces.push_back({k, at, std::min(width, groups.begin[k + 1] - at)});
-  const int64_t lines = std::max(4 * quads, full ? factors.count * tile.mr : 0);
+  const int64_t height = std::max(4 * quads, full ? factors.count * tile.mr : 0);
+  const int64_t lines = ceil_div(features * static_cast<int64_t>(sizeof(In)), 64);  // of a row, about
   const PhiloxWords random = philox_words();
   const int64_t grain = std::max<int64_t>(1, 65536 / (width * features * (full ? 1 + features / 32 : 1)));
   par_for(0, static_cast<int64_t>(pieces.size()), grain, [&](int64_t first, int64_t last) {
-    std::unique_ptr<T[]> eps(new T[4 * quads * width]), z(new T[full ? lines * width : 0]);
+    std::unique_ptr<T[]> eps(new T[4 * quads * width]), z(new T[full ? height * width : 0]);
     uint32_t low[kWidest], high[kWidest];
     const uint32_t key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);
     for (int64_t p = first; p < last; ++p) {
@@ -121,19 +120,27 @@ void sample(In* out, const Grouped& groups, const Tensor& means, const Tensor& t
         low[s] = static_cast<uint32_t>(n);
         high[s] = static_cast<uint32_t>(n >> 32);
       }
-      // a component's rows lie apart in memory: their lines come while the numbers are made (a third of the time)
-      for (int64_t s = 0; s < piece.samples; ++s)
-        for (int64_t j = 0; j < features; j += 64 / static_cast<int64_t>(sizeof(In)))
-          prefetch(out + rows[s] * features + j);
+      // A component's rows lie apart in memory: their lines come while the numbers are made, a few at a time, since a
+      // processor waits with more than a dozen under way (together they were a quarter of the time).
       const uint32_t *lows = low, *highs = high;
+      int64_t line = 0, row = 0;
+      for (int64_t quad = 0; quad < quads; ++quad) {
+        for (int64_t due = piece.samples * lines * (quad + 1) / quads; row * lines + line < due;) {
+          prefetch(reinterpret_cast<const char*>(out + rows[row] * features) + 64 * line);
+          if (++line == lines) line = 0, ++row;
+        }
+        T* to = eps.get() + 4 * width * quad;
+        if (full)
+          simd<Normals<T, false>>(to, lows, highs, quad, width, key0, key1, random);
+        else
+          simd<Normals<T, true>>(to, lows, highs, quad, width, key0, key1, random);
+      }
       const T* m = mean.get() + piece.component * features;
       if (!full) {
-        simd<Normals<T, true>>(eps.get(), lows, highs, quads, width, key0, key1, random);
         simd<StoreRows<T, In, true>>(out, eps.get(), m, deviation.get() + piece.component * features, rows,
                                      piece.samples, width, features);
         continue;
       }
-      simd<Normals<T, false>>(eps.get(), lows, highs, quads, width, key0, key1, random);
       tile.triangle(factors.panel(piece.component, 0), features, eps.get(), z.get());
       simd<SideBySide<T>>(eps.get(), z.get(), quads, width);
       simd<StoreRows<T, In, false>>(out, eps.get(), m, static_cast<const T*>(nullptr), rows, piece.samples, width,

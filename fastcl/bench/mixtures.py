@@ -30,7 +30,10 @@ def mixture(k: int, d: int, device: torch.device, full: bool = True) -> tuple[Te
 
 def _moments_agree(contenders: dict[str, Call], labels: Tensor) -> None:
     """Two random number generators agree in distribution only: means and deviations of the first component."""
-    found = {name: torch.as_tensor(call()).to(labels.device)[labels == 0].double() for name, call in contenders.items()}
+    found = {}
+    for name, call in contenders.items():
+        z, of = call() if name == "scikit-learn" else (call(), labels)  # it draws the labels too
+        found[name] = torch.as_tensor(z).to(labels.device)[torch.as_tensor(of).to(labels.device) == 0].double()
     want = found["fastcl"]
     n, deviation = len(want), want.std(0)
     for z in found.values():
@@ -63,12 +66,14 @@ def sampling(device: torch.device, k: int, d: int, n: int, full: bool = True) ->
         normal = torch.distributions.MultivariateNormal
         contenders["torch.distributions"] = lambda: normal(means[labels], scale_tril=scale[labels]).sample()
     if full and device.type == "cpu":
-        contenders["scikit-learn's sampling"] = _numpy_sampling(labels, means, scale)
+        contenders["numpy, component by component"] = _numpy_sampling(labels, means, scale)
+        if importlib.util.find_spec("sklearn") is not None:
+            contenders["scikit-learn"] = _sklearn_sampling(means, scale, n)
     return Contest(contenders, lambda c: _moments_agree(c, labels))
 
 
 def _numpy_sampling(labels: Tensor, means: Tensor, scale: Tensor) -> Call:
-    """The body of scikit-learn's GaussianMixture.sample; its samples come in the components' order."""
+    """The body of scikit-learn's GaussianMixture.sample on numpy's newer generator, for given labels."""
     order = np.argsort(labels.numpy(), kind="stable")
     counts, mu = np.bincount(labels.numpy(), minlength=len(means)), means.double().numpy()
     covariances = (scale.double() @ scale.double().mT).numpy()
@@ -81,6 +86,16 @@ def _numpy_sampling(labels: Tensor, means: Tensor, scale: Tensor) -> Call:
         return result
 
     return sample
+
+
+def _sklearn_sampling(means: Tensor, scale: Tensor, n: int) -> Call:
+    """Its samples come in the components' order, with their labels."""
+    from sklearn.mixture import GaussianMixture as Theirs
+
+    theirs = Theirs(len(means), random_state=0)
+    theirs.weights_, theirs.means_ = np.full(len(means), 1 / len(means)), means.double().numpy()
+    theirs.covariances_ = (scale.double() @ scale.double().mT).numpy()
+    return lambda: theirs.sample(n)
 
 
 def _log_prob(x: Tensor, means: Tensor, scale: Tensor) -> Tensor:
