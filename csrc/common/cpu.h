@@ -9,6 +9,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
+#include <new>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -113,6 +115,18 @@ auto simd_of_width(Args... args) {
   if (isa() == Isa::avx2) return run_avx2<Body<32>>(args...);
 #endif
   return Body<16>::run(args...);
+}
+
+// Scratch memory that begins with a line of the cache: a vector that lies in two lines costs two loads.
+template <class T>
+struct FreeAligned {
+  void operator()(T* memory) const { ::operator delete(memory, std::align_val_t(64)); }
+};
+template <class T>
+using Aligned = std::unique_ptr<T[], FreeAligned<T>>;
+template <class T>
+Aligned<T> aligned(int64_t n) {
+  return Aligned<T>(static_cast<T*>(::operator new(static_cast<size_t>(n) * sizeof(T), std::align_val_t(64))));
 }
 
 inline void prefetch(const void* at) {  // the line that will be written there; only a hint

@@ -3,28 +3,12 @@
 // components' shares of it, EM's E-step, while a block's log densities lie in the cache.
 #include <cmath>
 
+#include "../common/transpose.h"
 #include "blocks.h"
 #include "math.h"
 
 namespace fastcl {
 namespace {
-
-template <class T, class In>
-struct Gather {  // rows of x as [features][width]; beyond `n` zeros
-  static FASTCL_HD void run(T* FASTCL_RESTRICT to, const In* FASTCL_RESTRICT x, int64_t n, int64_t features,
-                            int64_t width) {
-    int64_t j = 0;
-    for (; j + 8 <= features; j += 8) some<8>(to + j * width, x + j, n, features, width);
-    for (; j < features; ++j) some<1>(to + j * width, x + j, n, features, width);
-  }
-  template <int count>  // features at a time, whose lines in the cache are then still there for the next sample
-  static FASTCL_HD void some(T* FASTCL_RESTRICT to, const In* FASTCL_RESTRICT x, int64_t n, int64_t features,
-                             int64_t width) {
-    for (int64_t s = 0; s < n; ++s)
-      for (int j = 0; j < count; ++j) to[j * width + s] = load(x + s * features + j);
-    for (int j = 0; j < count; ++j) std::fill_n(to + j * width + n, width - n, T(0));
-  }
-};
 
 template <class T>
 struct Shift {  // to[j][s] = x[j][s] - mu[j]
@@ -39,17 +23,22 @@ struct Shift {  // to[j][s] = x[j][s] - mu[j]
 template <class T>
 constexpr int64_t kLanes = 192 / sizeof(T);
 
-template <class T>
-struct ScaledSquares {  // total[s] = sum_j ((x[j][s] - mu[j]) inverse[j])^2
+// total[c][s] = sum_j ((x[j][s] - mu[c][j]) inverse[c][j])^2. Two components at once where registers are many: each
+// sum waits for its last addition.
+template <class T, int count>
+struct ScaledSquares {
   static FASTCL_HD void run(T* FASTCL_RESTRICT total, const T* FASTCL_RESTRICT x, const T* FASTCL_RESTRICT mean,
                             const T* FASTCL_RESTRICT inverse, int64_t features) {
-    T sums[kLanes<T>] = {};
+    constexpr int lanes = kLanes<T>;
+    T sums[count * lanes];
+    for (int l = 0; l < count * lanes; ++l) sums[l] = T(0);
     for (int64_t j = 0; j < features; ++j)
-      for (int s = 0; s < kLanes<T>; ++s) {
-        const T y = (x[j * kLanes<T> + s] - mean[j]) * inverse[j];
-        sums[s] += y * y;
-      }
-    std::copy_n(sums, kLanes<T>, total);
+      for (int c = 0; c < count; ++c)
+        for (int s = 0; s < lanes; ++s) {
+          const T y = (x[j * lanes + s] - mean[c * features + j]) * inverse[c * features + j];
+          sums[c * lanes + s] += y * y;
+        }
+    for (int l = 0; l < count * lanes; ++l) total[l] = sums[l];
   }
 };
 
@@ -124,35 +113,33 @@ struct Density {
   void for_each(const In* x, int64_t n, const F& body) const {
     const int64_t work = width * components * features * (full ? 1 + features / 32 : 1);
     par_for(0, ceil_div(n, width), std::max<int64_t>(1, 131072 / work), [&](int64_t first, int64_t last) {
-      std::unique_ptr<T[]> block(new T[features * width]), shifted(new T[full ? features * width : 0]);
-      std::unique_ptr<T[]> logs(new T[components * width]);
+      const Aligned<T> block = aligned<T>(features * width), shifted = aligned<T>(full ? features * width : 0);
+      const Aligned<T> logs = aligned<T>(components * width);
       for (int64_t b = first; b < last; ++b) {
         const int64_t begin = b * width, samples = std::min(width, n - begin);
-        simd<Gather<T, In>>(block.get(), x + begin * features, samples, features, width);
-        for (int64_t k = 0; k < components; ++k) log_densities(logs.get() + k * width, k, block.get(), shifted.get());
+        for (int64_t j = 0; samples < width && j < features; ++j) std::fill_n(block.get() + j * width, width, T(0));
+        transpose(block.get(), width, x + begin * features, features, samples, features);
+        for (int64_t k = 0; k < components;) k += log_densities(logs.get() + k * width, k, block.get(), shifted.get());
         body(logs.get(), begin, samples);
       }
     });
   }
 
-  void log_densities(T* logs, int64_t k, const T* block, T* shifted) const {
-    const T* m = mean.get() + k * features;
-    if (!full) {
-      simd<ScaledSquares<T>>(logs, block, m, inverse.get() + k * features, features);
-    } else {
+  // Of component k, and perhaps of some that follow: how many.
+  int64_t log_densities(T* logs, int64_t k, const T* block, T* shifted) const {
+    const T *m = mean.get() + k * features, *i = inverse.get() + k * features;
+    const int64_t count = !full && k + 1 < components && isa() == Isa::avx512 ? 2 : 1;
+    if (full) {
       simd<Shift<T>>(shifted, block, m, features, width);
       tile.triangle_squares(factors.panel(k, 0), features, shifted, logs);
+    } else if (count == 2) {
+      simd<ScaledSquares<T, 2>>(logs, block, m, i, features);
+    } else {
+      simd<ScaledSquares<T, 1>>(logs, block, m, i, features);
     }
-    for (int64_t s = 0; s < width; ++s) logs[s] = constant[k] - T(0.5) * logs[s];
-  }
-};
-
-template <class T, class In>
-struct Scatter {  // out[s][k] = logs[k][s]
-  static FASTCL_HD void run(In* FASTCL_RESTRICT out, const T* FASTCL_RESTRICT logs, int64_t samples, int64_t components,
-                            int64_t width) {
-    for (int64_t s = 0; s < samples; ++s)
-      for (int64_t k = 0; k < components; ++k) store(out + s * components + k, logs[k * width + s]);
+    for (int64_t c = 0; c < count; ++c)
+      for (int64_t s = 0; s < width; ++s) logs[c * width + s] = constant[k + c] - T(0.5) * logs[c * width + s];
+    return count;
   }
 };
 
@@ -201,7 +188,7 @@ Tensor gmm_log_prob(const Tensor& x, const Tensor& means, const Tensor& scale_tr
     const Density<In> density(op, mu, l, covariance);
     In* to = static_cast<In*>(out.mutable_data_ptr());
     density.for_each(static_cast<const In*>(rows.const_data_ptr()), x.size(0), [&](T* logs, int64_t begin, int64_t n) {
-      simd<Scatter<T, In>>(to + begin * density.components, logs, n, density.components, density.width);
+      transpose(to + begin * density.components, density.components, logs, density.width, density.components, n);
     });
   });
   return out;
@@ -240,7 +227,7 @@ std::tuple<Tensor, Tensor> gmm_responsibilities(const Tensor& x, const Tensor& w
       std::vector<T> top(density.width), total(density.width);
       simd<Shares<T>>(logs, top.data(), total.data(), static_cast<const T*>(log_weights.data()), density.components,
                       density.width);
-      simd<Scatter<T, In>>(to + begin * density.components, logs, n, density.components, density.width);
+      transpose(to + begin * density.components, density.components, logs, density.width, density.components, n);
       for (int64_t s = 0; s < n; ++s) store(log_to + begin + s, top[s]);
     });
   });

@@ -105,12 +105,12 @@ void sample(In* out, const Grouped& groups, const Tensor& means, const Tensor& t
     for (int64_t at = groups.begin[k]; at < groups.begin[k + 1]; at += width)
       pieces.push_back({k, at, std::min(width, groups.begin[k + 1] - at)});
   const int64_t height = std::max(4 * quads, full ? factors.count * tile.mr : 0);
-  const int64_t lines = ceil_div(features * static_cast<int64_t>(sizeof(In)), 64);  // of a row, about
+  const int64_t row_lines = ceil_div(features * static_cast<int64_t>(sizeof(In)), 64);  // of the cache, about
   const PhiloxWords random = philox_words();
   const int64_t grain = std::max<int64_t>(1, 65536 / (width * features * (full ? 1 + features / 32 : 1)));
   par_for(0, static_cast<int64_t>(pieces.size()), grain, [&](int64_t first, int64_t last) {
-    std::unique_ptr<T[]> eps(new T[4 * quads * width]), z(new T[full ? height * width : 0]);
-    uint32_t low[kWidest], high[kWidest];
+    const Aligned<T> eps = aligned<T>(4 * quads * width), z = aligned<T>(full ? height * width : 0);
+    alignas(64) uint32_t low[kWidest], high[kWidest];
     const uint32_t key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);
     for (int64_t p = first; p < last; ++p) {
       const Piece& piece = pieces[p];
@@ -125,9 +125,9 @@ void sample(In* out, const Grouped& groups, const Tensor& means, const Tensor& t
       const uint32_t *lows = low, *highs = high;
       int64_t line = 0, row = 0;
       for (int64_t quad = 0; quad < quads; ++quad) {
-        for (int64_t due = piece.samples * lines * (quad + 1) / quads; row * lines + line < due;) {
+        for (int64_t due = piece.samples * row_lines * (quad + 1) / quads; row * row_lines + line < due;) {
           prefetch(reinterpret_cast<const char*>(out + rows[row] * features) + 64 * line);
-          if (++line == lines) line = 0, ++row;
+          if (++line == row_lines) line = 0, ++row;
         }
         T* to = eps.get() + 4 * width * quad;
         if (full)

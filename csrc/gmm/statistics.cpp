@@ -114,7 +114,8 @@ struct Statistics {
     const int64_t width = Moments<T, second>::features();
     // a piece of so many rows stays in the first-level cache while every component passes over it
     const int64_t cached = std::min(kRows, 24576 / (width * int64_t(sizeof(T))));
-    std::unique_ptr<T[]> weights(new T[(last - k) * kRows]), rows(new T[cached * width]), sums(new T[2 * width]);
+    const Aligned<T> weights = aligned<T>((last - k) * kRows), rows = aligned<T>(cached * width);
+    const Aligned<T> sums = aligned<T>(2 * width);
     const std::unique_ptr<T[]> as_it_is(new T[features]());
     for (int64_t begin = 0; begin < m.n; begin += cached) {
       const int64_t n = std::min(cached, m.n - begin);
@@ -141,8 +142,9 @@ struct Statistics {
     const Members& m = members[k];
     const int64_t lines = ceil_div(features, tile.mr) * tile.mr, columns = ceil_div(features, tile.nr) * tile.nr;
     const int64_t length = std::max(lines, columns) + 64 / int64_t(sizeof(T));  // not a power of 2: lines of one set
-    std::unique_ptr<T[]> weights(new T[kRows]), sums(new T[lines * columns]());
-    std::unique_ptr<T[]> rows(new T[kCached * length]), weighted(new T[kCached * length]);
+    const Aligned<T> weights = aligned<T>(kRows), sums = aligned<T>(lines * columns);
+    const Aligned<T> rows = aligned<T>(kCached * length), weighted = aligned<T>(kCached * length);
+    std::fill_n(sums.get(), lines * columns, T(0));
     const T *centre = centres.get() + k * features, *w = weights.get();
     for (int64_t begin = 0; begin < m.n; begin += kCached) {
       const int64_t n = std::min(kCached, m.n - begin);
