@@ -14,6 +14,7 @@ import torch
 
 Call = Callable[[], Any]
 SETTLE = 0.005  # seconds: OpenMP threads of the contender before spin for a while, waiting for more
+LONGEST = 120.0  # seconds of a contest's rounds, about
 
 Compiled = Callable[[Call], dict[str, Call]]  # {"torch.compile": compiled f}, or nothing where it is left out
 
@@ -32,7 +33,7 @@ class Contest:
 
 def race(contest: Contest, device: torch.device, rounds: int = 11, min_seconds: float = 2e-3) -> dict[str, float]:
     """Median seconds of a call by contender, after `check`; in a round it is called once untimed, then until
-    `min_seconds` are over.
+    `min_seconds` are over. Where calls take seconds there are fewer rounds, at least three.
 
     Raises:
         AssertionError: a contender gives another result than the others; nothing is timed then.
@@ -42,12 +43,15 @@ def race(contest: Contest, device: torch.device, rounds: int = 11, min_seconds: 
         >>> medians = race(Contest({"fastcl": lambda: 1}, lambda contenders: None), torch.device("cpu"), rounds=3)
     """
     contest.check(contest.contenders)
-    repeats = {}
+    repeats, total = {}, 0.0
     for name, call in contest.contenders.items():
-        for _ in range(3):
+        first = seconds(call, 1, device)
+        for _ in range(2 if first < 1 else 0):
             call()
-        once = min(seconds(call, 1, device) for _ in range(3))
+        once = min(seconds(call, 1, device) for _ in range(3 if first < 1 else 1))
         repeats[name] = max(1, int(min_seconds / max(once, 1e-7)))
+        total += 2 * once
+    rounds = max(3, min(rounds, int(LONGEST / max(total, 1e-7))))
     times: dict[str, list[float]] = {name: [] for name in contest.contenders}
     for _ in range(rounds):
         for name, call in contest.contenders.items():
