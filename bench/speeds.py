@@ -59,7 +59,7 @@ ROWS = [
     ),
     (
         "`masked_weight` forward + backward, 10M",
-        "cpu.md",
+        "masked.md",
         "masked_weight[10000000]",
         [("eager", "eager"), COMPILED],
     ),
