@@ -11,10 +11,10 @@ def release_memory() -> int:
     """Gives the memory kept for later outputs back to the system; returns its bytes.
 
     On Linux, with torch >= 2.11, CPU outputs of 4 MB and more (masked weights, gradients, samples, densities) are
-    written where an earlier one of their size was: memory new to the process is zeroed first, which takes as long as
-    the kernel. At most 512 MB stay idle, ``FASTCL_KEEP_MB`` in the environment says otherwise (0: none), and the system
-    takes all but 64 MB of them back by itself when it needs memory. Such an output has a storage that cannot be
-    resized. Never needed for correctness; safe to call from any thread, also while outputs are in use.
+    written where an earlier one of their size was: memory new to the process is zeroed first, which may take nearly
+    as long as the kernel. At most 512 MB stay idle, ``FASTCL_KEEP_MB`` in the environment says otherwise (0: none), and
+    the system takes all but 64 MB of them back by itself when it needs memory. Such an output has a storage that cannot
+    grow. Never needed for correctness; safe to call from any thread, also while outputs are in use.
 
     Returns:
         The bytes given back; 0 where nothing is kept.

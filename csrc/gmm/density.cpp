@@ -127,7 +127,7 @@ struct Density {
 
   // Of component k, and perhaps of some that follow: how many.
   int64_t log_densities(T* logs, int64_t k, const T* block, T* shifted) const {
-    const T *m = mean.get() + k * features, *i = inverse.get() + k * features;
+    const T *m = mean.get() + k * features, *i = full ? nullptr : inverse.get() + k * features;
     const int64_t count = !full && k + 1 < components && isa() == Isa::avx512 ? 2 : 1;
     if (full) {
       simd<Shift<T>>(shifted, block, m, features, width);
