@@ -9,7 +9,7 @@ import pytest
 from fastcl.bench import workloads
 
 
-@pytest.mark.parametrize("mask", ["bool", "float"])
+@pytest.mark.parametrize("mask", ["bool", "units", "float"])
 def test_masked_grad(play: Callable, compiled: Callable, device, shapes, mask: str) -> None:
     play(workloads.masked_grad(device, compiled, shapes, mask))
 

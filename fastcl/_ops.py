@@ -44,8 +44,8 @@ _requires_grad = attrgetter("requires_grad")
 _dtype = attrgetter("dtype")
 _AFTER = torch._C._after_ADInplaceOrView_keyset
 catalogue: dict[str, torch._ops.OpOverload] = {}
-_with_lists: set[torch._ops.OpOverload] = set()  # those that take lists of tensors
-_rules: dict[torch._ops.OpOverload, Callable[[], Any]] = {}  # the autograd.Function of each differentiable op
+# whether the op takes lists of tensors, and the autograd.Function of a differentiable one
+_rules: dict[torch._ops.OpOverload, tuple[bool, Callable[[], Any] | None]] = {}
 
 
 def define(schema: str, reference: Callable[..., Any]) -> torch._ops.OpOverload:
@@ -61,8 +61,7 @@ def define(schema: str, reference: Callable[..., Any]) -> torch._ops.OpOverload:
     if "!)" in schema:
         _library.impl(name, _guard(op, schema.count("!)")), "Autograd", with_keyset=True)
     catalogue[name] = op
-    if any(str(argument.type) == "List[Tensor]" for argument in op._schema.arguments):
-        _with_lists.add(op)
+    _rules[op] = any(str(argument.type) == "List[Tensor]" for argument in op._schema.arguments), None
     return op
 
 
@@ -148,35 +147,40 @@ def differentiable(name: str, backward: Callable[..., Any], setup_context: Calla
     _library.impl(name, kernel, "Autograd", with_keyset=True)
     op = catalogue[name]
     if not any(str(result.type).startswith("List") for result in op._schema.returns):
-        _rules[op] = _node(op, backward, setup_context)
+        lists, _ = _rules[op]
+        _rules[op] = lists, _node(op, backward, setup_context, lists)
 
 
-def _node(op: torch._ops.OpOverload, backward: Callable[..., Any], setup_context: Callable[..., None]) -> Any:
+def _node(
+    op: torch._ops.OpOverload, backward: Callable[..., Any], setup_context: Callable[..., None], lists: bool
+) -> Any:
     """The same rule as an autograd.Function of one level, which :func:`run` uses: half the time of the dispatcher's."""
 
-    def forward(ctx: Any, *flat: Any) -> Any:
-        args = _nested(flat[:-1], flat[-1])
+    def forward(ctx: Any, *args: Any) -> Any:
         with _BelowAutograd():
             output = op(*args)
         setup_context(ctx, args, output)
         return output
 
+    def forward_of_lists(ctx: Any, *flat: Any) -> Any:
+        return forward(ctx, *_nested(flat[:-1], flat[-1]))
+
     def flat_backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         found = backward(ctx, *grads)
         return *(g for grad in found for g in (grad if isinstance(grad, (list, tuple)) else (grad,))), None
 
+    halves = (forward_of_lists, flat_backward) if lists else (forward, backward)
+
     @functools.cache
     def made() -> Any:
-        members = {"forward": staticmethod(forward), "backward": staticmethod(flat_backward)}
+        members = dict(zip(("forward", "backward"), map(staticmethod, halves), strict=True))
         return type(op._opname, (torch.autograd.Function,), members)
 
     return made
 
 
 def _nested(flat: Sequence[Any], lengths: Sequence[int]) -> tuple[Any, ...]:
-    """`flat` with its lists again: `lengths` has -1 for what was none; empty if there were no lists at all."""
-    if not lengths:
-        return tuple(flat)
+    """`flat` with its lists again: `lengths` has -1 for what was none."""
     values = iter(flat)
     return tuple(next(values) if n < 0 else [next(values) for _ in range(n)] for n in lengths)
 
@@ -226,15 +230,16 @@ def run(op: torch._ops.OpOverload, *args: Any) -> Any:
     """A functional op with its gradient, past the dispatcher's generic autograd where nothing else watches."""
     if torch.compiler.is_compiling() or _transforming():
         return op(*args)
-    lists = op in _with_lists
-    flat = [t for arg in args for t in (arg if isinstance(arg, (list, tuple)) else (arg,))] if lists else args
     if torch.is_grad_enabled():
+        lists, rule = _rules[op]  # looked up once: an op's hash is a call in Python
+        flat = [t for arg in args for t in (arg if isinstance(arg, (list, tuple)) else (arg,))] if lists else args
         for t in flat:
             if isinstance(t, Tensor) and t.requires_grad:
-                if op not in _rules:
+                if rule is None:
                     return op(*args)
-                lengths = [len(arg) if isinstance(arg, (list, tuple)) else -1 for arg in args] if lists else ()
-                return _rules[op]().apply(*flat, lengths)
+                if not lists:
+                    return rule().apply(*args)
+                return rule().apply(*flat, [len(arg) if isinstance(arg, (list, tuple)) else -1 for arg in args])
     with _BelowAutograd():
         return op(*args)
 

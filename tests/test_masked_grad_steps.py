@@ -228,6 +228,32 @@ def test_half_precision_rounds_once(dtype: torch.dtype) -> None:
         assert torch.equal(half, full.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("form", ["bool", "bits", "float"])
+def test_units_that_are_reserved_or_free_as_a_whole(form: str, dtype: torch.dtype) -> None:
+    """Runs of one mask value, which are left out as blocks, and the same weights shuffled, which are not."""
+    runs = torch.tensor([0, 64, 63, 1, 200, 130, 64, 64, 54])
+    r = torch.repeat_interleave(torch.arange(len(runs)) % 2 == 1, runs)
+    order = torch.randperm(len(r))
+    p, g, b, m = (torch.randn(len(r)).to(dtype) for _ in range(4))
+    g[torch.rand(len(r)) > 0.9] = math.nan  # where it is reserved, no matter
+    v = torch.rand(len(r)).to(dtype)
+
+    def everything(at: Tensor) -> list[Tensor]:
+        mask = r[at] if form == "bool" else ops.pack_mask(r[at]) if form == "bits" else r[at].to(dtype)
+        found = [t[at].clone() for t in (p, b, p, m, v, g)]
+        ops.masked_sgd_([found[0]], [found[1]], [g[at]], [mask], [], 0.1, 0.9)
+        ops.masked_adam_([found[2]], [found[3]], [found[4]], [], [torch.zeros(())], [g[at]], [mask], [], 0.1)
+        ops.masked_grad_([found[5]], [mask])
+        return found
+
+    together, apart = everything(torch.arange(len(r))), everything(order)
+    assert all(torch.equal(bits(a[order]), bits(b)) for a, b in zip(together, apart, strict=True))
+    assert all(torch.equal(bits(t[r]), bits(old[r])) for t, old in zip(together, (p, b, p, m, v), strict=False))
+    assert (together[5][r] == 0).all()
+    assert torch.equal(bits(together[5][~r]), bits(g[~r]))
+
+
 def sgd(p: Tensor, **change: Any) -> None:
     arguments = {
         "params": [p], "momentum_buffers": [torch.zeros(4)], "grads": [torch.ones(4)], "reserved": [torch.zeros(4)],

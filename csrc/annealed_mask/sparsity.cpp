@@ -60,11 +60,13 @@ struct Problem {
       dispatch_float(given[i].scalar_type(), op, item("masks", i), [](auto) {});
       wide |= given[i].scalar_type() == ScalarType::Double;
       masks.push_back(without_gaps(given[i]));
-      const Tensor r =
-          given_reserved.empty() ? torch::stable::new_empty(given[i], {0}, ScalarType::Bool) : given_reserved[i];
-      reserved.emplace_back(r, nullptr, masks[i], op, item("reserved", i), item("masks", i));
-      FASTCL_CHECK(reserved[i].in_unit_interval(), op, ": ", item("reserved", i), " has values outside [0, 1] or NaN");
       all.add(masks[i].numel());
+      if (given_reserved.empty()) {
+        reserved.emplace_back();
+        continue;
+      }
+      reserved.emplace_back(given_reserved[i], nullptr, masks[i], op, item("reserved", i), item("masks", i));
+      FASTCL_CHECK(reserved[i].in_unit_interval(), op, ": ", item("reserved", i), " has values outside [0, 1] or NaN");
     }
   }
 

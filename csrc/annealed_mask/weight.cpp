@@ -173,8 +173,8 @@ struct Problem {
     check_same_dtype(e, w, op, "embedding", "weight");
     if (per_unit) {
       units = units_of(w, e, op);
-      weight = torch::stable::contiguous(weight);
-      embedding = torch::stable::contiguous(embedding);
+      weight = row_major(weight);
+      embedding = row_major(embedding);
     } else {
       weight = without_gaps(weight);
       embedding = in_layout_of(embedding, weight);
@@ -182,10 +182,9 @@ struct Problem {
   }
 };
 
-// No reserved mask is the mask of shape [0], whose view says `none`.
 Mask mask_of(const std::optional<Tensor>& reserved, const Tensor& weight, const char* op) {
-  const Tensor none = reserved ? *reserved : torch::stable::new_empty(weight, {0}, ScalarType::Bool);
-  Mask mask(none, nullptr, weight, op, "reserved", "weight");
+  if (!reserved) return Mask();
+  Mask mask(*reserved, nullptr, weight, op, "reserved", "weight");
   FASTCL_CHECK(mask.in_unit_interval(), op, ": reserved has values outside [0, 1] or NaN");
   return mask;
 }
@@ -238,7 +237,7 @@ std::tuple<Tensor, Tensor> masked_weight_kept(Tensor w, Tensor e, double scale, 
   const Mask mask = mask_of(reserved, problem.weight, op);
   Tensor out = fresh_like(problem.weight);
   const bool wide = w.scalar_type() == ScalarType::Double;
-  Tensor kept = torch::stable::new_empty(out, {}, wide ? ScalarType::Double : ScalarType::Float);
+  Tensor kept = fresh({}, wide ? ScalarType::Double : ScalarType::Float);
   const VirtualArray all = elements_of(out);
   std::vector<double> sums(all.chunks(), 0);
   dispatch_float(w.scalar_type(), op, "weight", [&](auto type) {

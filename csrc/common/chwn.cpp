@@ -271,8 +271,8 @@ int64_t lanes_of(const Tensor& t) { return vector_bytes() / (t.scalar_type() == 
 // Contiguous, and its last dimension filled up with zeros to a multiple of a vector's lanes.
 Tensor filled(const Tensor& t) {
   const int64_t n = t.size(3), more = (lanes_of(t) - n % lanes_of(t)) % lanes_of(t);
-  if (more == 0) return torch::stable::contiguous(t);
-  Tensor wide = torch::stable::fill_(torch::stable::new_empty(t, {t.size(0), t.size(1), t.size(2), n + more}), 0.0);
+  if (more == 0) return row_major(t);
+  Tensor wide = torch::stable::fill_(fresh({t.size(0), t.size(1), t.size(2), n + more}, t.scalar_type()), 0.0);
   Tensor used = torch::stable::narrow(wide, 3, 0, n);
   torch::stable::copy_(used, t);
   return wide;
@@ -285,10 +285,10 @@ void dispatch(const Tensor& t, const F& f) {
 
 Tensor product(bool forward, Geometry g, const Tensor& given, const Tensor& weight) {
   const int64_t n = g.n;
-  const Tensor from = filled(given), w = torch::stable::contiguous(weight);
+  const Tensor from = filled(given), w = row_major(weight);
   g.n = from.size(3);
   const int64_t* size = forward ? g.out : g.in;
-  Tensor to = fresh(given, {forward ? g.outputs : g.channels, size[0], size[1], g.n});
+  Tensor to = fresh({forward ? g.outputs : g.channels, size[0], size[1], g.n}, given.scalar_type());
   dispatch(given, [&](auto type) {
     using T = decltype(type);
     multiply(g, forward, static_cast<const T*>(from.const_data_ptr()), static_cast<const T*>(w.const_data_ptr()),
@@ -296,7 +296,7 @@ Tensor product(bool forward, Geometry g, const Tensor& given, const Tensor& weig
   });
   if (n == g.n) return to;
   Tensor used = torch::stable::narrow(to, 3, 0, n);
-  return torch::stable::contiguous(used);
+  return row_major(used);
 }
 
 Tensor chwn_conv(const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding) {
@@ -329,7 +329,7 @@ Tensor chwn_conv_weight(const Tensor& y, const Tensor& x, int64_t stride, int64_
   check_y(op, "y", y, g);
   const Tensor wide_y = filled(y), wide_x = filled(x);
   g.n = wide_x.size(3);
-  Tensor weight = torch::stable::new_empty(x, {g.outputs, g.channels, height, width});
+  Tensor weight = fresh({g.outputs, g.channels, height, width}, x.scalar_type());
   dispatch(x, [&](auto type) {
     using T = decltype(type);
     correlate(g, static_cast<const T*>(wide_y.const_data_ptr()), static_cast<const T*>(wide_x.const_data_ptr()),

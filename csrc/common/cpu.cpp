@@ -179,6 +179,9 @@ Tensor in_layout_of(const Tensor& t, const Tensor& like) {
   return copy;
 }
 
+// The check costs nothing; torch::stable::contiguous looks an op up by name.
+Tensor row_major(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 Tensor without_gaps(const Tensor& t) { return is_dense(t) ? t : in_layout_of(t, torch::stable::empty_like(t)); }
 
 }  // namespace fastcl

@@ -240,8 +240,9 @@ void check_lengths(size_t n, size_t expected, const char* op, const char* name, 
 void check_distinct(const Tensors& outputs, const std::vector<const Tensors*>& inputs, const char* op,
                     const char* output_name, const std::vector<const char*>& input_names);
 Tensor in_layout_of(const Tensor& t, const Tensor& like);  // t itself, or one copy whose memory order is like's
-Tensor fresh_like(const Tensor& like);                     // empty_like, and new_empty, whose memory large outputs
-Tensor fresh(const Tensor& like, std::initializer_list<int64_t> sizes);  // had before (memory.cpp)
+Tensor row_major(const Tensor& t);                         // t itself, or one copy
+Tensor fresh_like(const Tensor& like);  // empty_like, and empty of at most 4 dimensions, at little cost (memory.cpp)
+Tensor fresh(std::initializer_list<int64_t> sizes, ScalarType dtype);
 Tensor without_gaps(const Tensor& t);  // t itself, or one copy in its memory order (empty_like's)
 
 // Lists as addresses. A kernel takes its lists by reference (a copy of 200 handles is 400 atomic counts) and reads each

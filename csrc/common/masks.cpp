@@ -31,7 +31,7 @@ bool all_in_unit_interval(const Tensor& t) {
 
 Tensor as_vector(const Tensor& t, bool wide) {
   const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
-  return torch::stable::contiguous(t.scalar_type() == dtype ? t : torch::stable::to(t, dtype));
+  return row_major(t.scalar_type() == dtype ? t : torch::stable::to(t, dtype));
 }
 
 }  // namespace
@@ -51,7 +51,7 @@ Mask::Mask(const Tensor& reserved, const Tensor* columns, const Tensor& weight, 
     FASTCL_CHECK(reserved.dim() == 1 && reserved.numel() == (numel_ + 7) / 8, op, ": ", name, " has ", reserved.numel(),
                  " bytes in ", reserved.dim(), " dimensions but packed bits for ", weight_name,
                  " must be one dimension of ", (numel_ + 7) / 8);
-    data_ = torch::stable::contiguous(reserved);
+    data_ = row_major(reserved);
     view_.kind = MaskKind::packed;
   } else {
     FASTCL_CHECK(dtype == ScalarType::Bool || is_floating(dtype), op, ": ", name,
@@ -87,10 +87,10 @@ void Mask::take_vectors(const Tensor& rows, const Tensor& columns, const Tensor&
                " has values outside [0, 1] or NaN");
   // Where neither dimension is outermost in memory (no layout that torch's modules make), one row is the whole weight.
   view_.row = outer < 0 ? numel : numel / weight.size(outer);
-  inner_ = torch::stable::new_empty(row_values, {view_.row});
+  inner_ = fresh({view_.row}, row_values.scalar_type());
   data_ = outer == 0   ? row_values
           : outer == 1 ? column_values
-                       : torch::stable::fill_(torch::stable::new_empty(rows, {1}, row_values.scalar_type()), 1.0);
+                       : torch::stable::fill_(fresh({1}, row_values.scalar_type()), 1.0);
   const auto place = [&](int64_t dim, int64_t k) {
     return weight.size(dim) == 1 ? 0 : k / weight.stride(dim) % weight.size(dim);
   };

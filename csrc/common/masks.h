@@ -127,9 +127,39 @@ FASTCL_HD void keep_words(int32_t* FASTCL_RESTRICT words, const MaskView& mask, 
               [](uint32_t word, uint32_t j) FASTCL_LAMBDA_HD { return static_cast<int32_t>(word << (31 - j)); });
 }
 
+// What 64 weights in a row have in common. A unit's weights lie together in memory: where all are reserved (or, for a
+// gradient, all free), leaving them out moves none of their bytes.
+constexpr int64_t kAlike = 64;
+enum class Alike { no, free, reserved };
+
+FASTCL_HD Alike alike(const uint8_t* bools) {
+  constexpr uint64_t kOnes = 0x0101010101010101;
+  uint64_t words[kAlike / 8], differ = 0;
+  std::memcpy(words, bools, sizeof words[0]);  // a mask without order is told from these
+  if (words[0] != 0 && words[0] != kOnes) return Alike::no;
+  std::memcpy(words, bools, sizeof words);
+  for (const uint64_t word : words) differ |= word ^ words[0];
+  return differ != 0 ? Alike::no : words[0] == 0 ? Alike::free : Alike::reserved;
+}
+
+FASTCL_HD Alike alike(const MaskView& mask, int64_t begin) {  // of a bool or packed mask; begin is a multiple of 8
+  if (mask.kind == MaskKind::boolean) return alike(static_cast<const uint8_t*>(mask.data) + begin);
+  uint64_t bits;
+  std::memcpy(&bits, static_cast<const uint8_t*>(mask.data) + begin / 8, sizeof bits);
+  return bits == 0 ? Alike::free : bits == ~uint64_t(0) ? Alike::reserved : Alike::no;
+}
+
+template <class A>
+FASTCL_HD Alike alike(const A* free) {  // of kAlike shares
+  int32_t differ = 0;
+  for (int64_t i = 0; i < kAlike; ++i) differ += free[i] != free[0];
+  return differ != 0 ? Alike::no : free[0] == A(1) ? Alike::free : free[0] == A(0) ? Alike::reserved : Alike::no;
+}
+
 // One weight's mask as a kernel wants it: checked, in the weight's memory order, temporaries kept alive.
 class Mask {
  public:
+  Mask() = default;  // none
   // `reserved`: bool or floating point of the weight's shape; uint8 of one bit a weight in its memory order (`weight`
   // must then be the caller's own, before any copy, if that order is to hold); bool of shape [0] for no mask; or, where
   // `columns` is not empty, one value for each index of dimension 0, and `columns` one for each index of dimension 1.

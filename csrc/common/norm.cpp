@@ -135,7 +135,7 @@ using Optional = std::optional<Tensor>;
 Optional dense(const char* op, const char* name, const Optional& t, const Tensor& x) {
   if (!t) return std::nullopt;
   check_column(op, name, *t, x);
-  return torch::stable::contiguous(*t);
+  return row_major(*t);
 }
 template <class T>
 const T* read(const Optional& t) {
@@ -147,9 +147,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> chwn_norm(const Tensor& x, const Opti
   const char* op = "chwn_norm";
   check_rows(op, "x", x, x);
   const Optional gamma = dense(op, "weight", weight, x), beta = dense(op, "bias", bias, x);
-  const Tensor rows = torch::stable::contiguous(x);
-  const auto column = [&] { return torch::stable::new_empty(x, {x.size(0)}); };
-  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)}), mean = column(), variance = column(), r = column();
+  const Tensor rows = row_major(x);
+  const auto column = [&] { return fresh({x.size(0)}, x.scalar_type()); };
+  Tensor y = fresh({x.size(0), x.size(1)}, x.scalar_type()), mean = column(), variance = column(), r = column();
   dispatch(x, [&](auto type) {
     using T = decltype(type);
     const int64_t n = x.size(1);
@@ -169,9 +169,9 @@ std::tuple<Tensor, Tensor, Tensor> chwn_norm_backward(const Tensor& g, const Ten
   check_rows(op, "x", x, x);
   check_rows(op, "g", g, x);
   const Optional gamma = dense(op, "weight", weight, x), means = dense(op, "mean", mean, x), rs = dense(op, "r", r, x);
-  const Tensor rows = torch::stable::contiguous(x), above = torch::stable::contiguous(g);
-  const auto column = [&] { return torch::stable::new_empty(x, {x.size(0)}); };
-  Tensor of_x = torch::stable::new_empty(x, {x.size(0), x.size(1)}), of_gamma = column(), of_beta = column();
+  const Tensor rows = row_major(x), above = row_major(g);
+  const auto column = [&] { return fresh({x.size(0)}, x.scalar_type()); };
+  Tensor of_x = fresh({x.size(0), x.size(1)}, x.scalar_type()), of_gamma = column(), of_beta = column();
   dispatch(x, [&](auto type) {
     using T = decltype(type);
     const int64_t n = x.size(1);
@@ -194,10 +194,10 @@ std::tuple<Tensor, Tensor, Tensor> chwn_norm_twice(const Tensor& h, const Tensor
   check_rows(op, "h", h, x);
   const Optional gamma = dense(op, "weight", weight, x), means = dense(op, "mean", mean, x), rs = dense(op, "r", r, x);
   const Optional sums = dense(op, "of_sum", of_sum, x), totals = dense(op, "of_mean", of_mean, x);
-  const Tensor rows = torch::stable::contiguous(x), above = torch::stable::contiguous(g);
-  const Tensor upper = torch::stable::contiguous(h);
-  const auto like = [&] { return torch::stable::new_empty(x, {x.size(0), x.size(1)}); };
-  Tensor of_g = like(), of_x = like(), of_gamma = torch::stable::new_empty(x, {x.size(0)});
+  const Tensor rows = row_major(x), above = row_major(g);
+  const Tensor upper = row_major(h);
+  const auto like = [&] { return fresh({x.size(0), x.size(1)}, x.scalar_type()); };
+  Tensor of_g = like(), of_x = like(), of_gamma = fresh({x.size(0)}, x.scalar_type());
   dispatch(x, [&](auto type) {
     using T = decltype(type);
     const int64_t n = x.size(1);

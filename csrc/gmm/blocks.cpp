@@ -31,7 +31,7 @@ void check_matrix(const char* op, const char* name, const Tensor& t, int64_t row
 Grouped::Grouped(const char* op, const Tensor& labels, int64_t components) : begin(components + 1, 0) {
   FASTCL_CHECK(labels.is_cpu() && labels.scalar_type() == ScalarType::Long && labels.dim() == 1, op,
                ": labels must be an int64 CPU tensor [N]");
-  const Tensor dense = torch::stable::contiguous(labels);
+  const Tensor dense = row_major(labels);
   const int64_t* y = static_cast<const int64_t*>(dense.const_data_ptr());
   const int64_t n = dense.numel();
   for (int64_t i = 0; i < n; ++i) {

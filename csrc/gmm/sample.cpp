@@ -154,8 +154,8 @@ Tensor gmm_sample(const Tensor& labels, const Tensor& means, const Tensor& scale
   FASTCL_CHECK(key.is_cpu() && key.scalar_type() == ScalarType::Long && key.numel() == 1, kOp,
                ": key must be one int64 number on the CPU");
   const Grouped groups(kOp, labels, means.size(0));
-  const Tensor mu = torch::stable::contiguous(means), l = torch::stable::contiguous(scale_trils);
-  Tensor out = fresh(means, {labels.numel(), means.size(1)});
+  const Tensor mu = row_major(means), l = row_major(scale_trils);
+  Tensor out = fresh({labels.numel(), means.size(1)}, means.scalar_type());
   const uint64_t seed = static_cast<uint64_t>(*static_cast<const int64_t*>(key.const_data_ptr()));
   dispatch_float(means.scalar_type(), kOp, "means", [&](auto type) {
     using In = decltype(type);

@@ -198,16 +198,16 @@ std::tuple<Tensor, Tensor, Tensor> statistics(const char* op, const Tensor& x, c
   check_matrix(op, "x", x, -1, "N", features, "D", centers, "centers");
   if (responsibilities != nullptr)
     check_matrix(op, "responsibilities", *responsibilities, x.size(0), "N", components, "K", x, "x and centers");
-  const Tensor rows = torch::stable::contiguous(x), middle = torch::stable::contiguous(centers);
-  const Tensor weights = responsibilities == nullptr ? rows : torch::stable::contiguous(*responsibilities);
+  const Tensor rows = row_major(x), middle = row_major(centers);
+  const Tensor weights = responsibilities == nullptr ? rows : row_major(*responsibilities);
   std::unique_ptr<Grouped> groups;
   if (labels != nullptr) {
     FASTCL_CHECK(labels->dim() == 1 && labels->size(0) == x.size(0), op,
                  ": labels must have one label for each of the ", x.size(0), " samples of x");
     groups = std::make_unique<Grouped>(op, *labels, components);
   }
-  const auto zeros = [&](std::vector<int64_t> sizes) {
-    return torch::stable::fill_(torch::stable::new_empty(x, sizes, ScalarType::Double), 0.0);
+  const auto zeros = [&](std::initializer_list<int64_t> sizes) {
+    return torch::stable::fill_(fresh(sizes, ScalarType::Double), 0.0);
   };
   Tensor s0 = zeros({components}), s1 = zeros({components, features});
   Tensor s2 = full ? zeros({components, features, features}) : zeros({components, features});

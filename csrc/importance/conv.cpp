@@ -242,11 +242,11 @@ void accumulate_conv_(Tensor out, Tensor grad, Tensor input, std::vector<int64_t
     even &= grad.size(d) == 1 || grad.stride(d) == expected;
     expected *= grad.size(d);
   }
-  if (!even) grad = torch::stable::contiguous(grad);
+  if (!even) grad = row_major(grad);
   const Operand g = {grad.const_data_ptr(), geo.samples,     geo.positions(), geo.outputs,
                      grad.stride(0),        grad.stride(-1), grad.stride(1)};
 
-  Tensor work = torch::stable::contiguous(out);
+  Tensor work = row_major(out);
   dispatch_float(grad.scalar_type(), kOp, "grad", [&](auto type) {
     using In = decltype(type);
     const auto run = [&](auto sum_type) {

@@ -72,7 +72,7 @@ void accumulate_outer_(Tensor out, Tensor grad, Tensor activation, int64_t power
   const Tensors inputs = {grad, activation};
   check_distinct({out}, {&inputs}, kOp, "out", {"grad, activation"});
   if (grad.numel() == 0 || activation.numel() == 0) return;
-  Tensor work = torch::stable::contiguous(out);
+  Tensor work = row_major(out);
   dispatch_float(grad.scalar_type(), kOp, "grad", [&](auto type) {
     using In = decltype(type);
     if (out.scalar_type() == ScalarType::Double)

@@ -1,5 +1,4 @@
-#include "../common/cpu.h"
-
+#include "../common/masks.h"
 #include "forms.h"
 #include "math.h"
 
@@ -17,7 +16,14 @@ struct MaskedGrad {
 template <class T>
 struct MaskedGrad<T, uint8_t> {
   static FASTCL_HD void run(T* FASTCL_RESTRICT g, const uint8_t* FASTCL_RESTRICT r, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) store(g + i, masked_grad_bits(load(g + i), r[i]));
+    int64_t at = 0;
+    for (; at + kAlike <= n; at += kAlike) {
+      const Alike block = alike(r + at);
+      if (block == Alike::reserved) std::memset(g + at, 0, kAlike * sizeof(T));
+      if (block == Alike::no)
+        for (int64_t i = at; i < at + kAlike; ++i) store(g + i, masked_grad_bits(load(g + i), r[i]));
+    }
+    for (int64_t i = at; i < n; ++i) store(g + i, masked_grad_bits(load(g + i), r[i]));
   }
 };
 

@@ -39,7 +39,7 @@ Tensor pack_mask(Tensor mask) {
   const char* op = "pack_mask";
   FASTCL_CHECK(mask.is_cpu() && mask.scalar_type() == ScalarType::Bool, op, ": mask must be a bool CPU tensor");
   mask = without_gaps(mask);
-  Tensor packed = torch::stable::new_empty(mask, {(mask.numel() + 7) / 8}, ScalarType::Byte);
+  Tensor packed = fresh({(mask.numel() + 7) / 8}, ScalarType::Byte);
   uint8_t* bytes = static_cast<uint8_t*>(packed.mutable_data_ptr());
   const uint8_t* r = static_cast<const uint8_t*>(mask.const_data_ptr());
   for_elements(mask.numel(), [&](int64_t begin, int64_t n) { simd<Pack>(bytes + begin / 8, r + begin, n); });
@@ -53,7 +53,7 @@ Tensor unpack_mask(Tensor packed, Tensor like) {
   FASTCL_CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.numel() == bytes, op,
                ": packed must be uint8 of one dimension with ", bytes, " bytes, for the ", like.numel(),
                " elements of like");
-  packed = torch::stable::contiguous(packed);
+  packed = row_major(packed);
   like = without_gaps(like);
   Tensor mask = torch::stable::to(torch::stable::empty_like(like), ScalarType::Bool);
   uint8_t* r = static_cast<uint8_t*>(mask.mutable_data_ptr());

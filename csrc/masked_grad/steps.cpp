@@ -29,9 +29,9 @@ struct Keep {
   }
 };
 
-// body(keep, first, n) for every block of a piece. Blocks of a fixed few, so that a mask is unpacked while the square
-// roots and divisions of the block before it are under way.
-constexpr int64_t kStepBlock = 64;
+// body(keep, first, n) for every block of a piece that is not wholly reserved. Blocks of a fixed few, so that a mask is
+// unpacked while the square roots and divisions of the block before it are under way.
+constexpr int64_t kStepBlock = kAlike;
 
 template <class T, Protection protection, class Body>
 FASTCL_HD void in_blocks(const MaskView& mask, int64_t begin, int64_t n, const Body& body) {
@@ -42,10 +42,12 @@ FASTCL_HD void in_blocks(const MaskView& mask, int64_t begin, int64_t n, const B
     alignas(64) Word unpacked[kStepBlock];
     const auto block = [&](int64_t at, int64_t m) FASTCL_LAMBDA_HD {
       if constexpr (protection == Protection::words) {
+        if (m == kAlike && alike(mask, begin + at) == Alike::reserved) return;
         keep_words(unpacked, mask, begin + at, m);
         body(Keep<T, protection>{unpacked, nullptr}, at, m);
       } else {
         free_shares(unpacked, mask, begin + at, m);
+        if (m == kAlike && alike(unpacked) == Alike::reserved) return;
         body(Keep<T, protection>{nullptr, unpacked}, at, m);
       }
     };

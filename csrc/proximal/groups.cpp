@@ -157,7 +157,7 @@ Tensors drift_norms(Tensors tensors, const Tensors& anchors, int64_t dim) {
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Tensor w = without_gaps(tensors[i]), a = in_layout_of(anchors[i], w);
     const bool wide = w.scalar_type() == ScalarType::Double;
-    found.push_back(torch::stable::new_empty(w, {w.size(dim)}, wide ? ScalarType::Double : ScalarType::Float));
+    found.push_back(fresh({w.size(dim)}, wide ? ScalarType::Double : ScalarType::Float));
     dispatch_float(w.scalar_type(), op, "tensors", [&](auto type) {
       using T = decltype(type);
       const std::vector<double> n = norms<T>(static_cast<const T*>(w.const_data_ptr()),

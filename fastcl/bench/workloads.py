@@ -41,12 +41,12 @@ SHAPES: dict[str, Shapes] = {
 
 
 def masked_grad(device: torch.device, compiled: Compiled, shapes: Shapes, mask: str = "bool") -> Contest:
-    """g *= 1 - reserved over a whole model, against torch's own ways of writing it."""
+    """g *= 1 - reserved over a whole model, against torch's own ways of writing it; `units`: bools, alike in a row."""
     grads = [torch.randn(s, device=device) for s in shapes]
-    reserved = [torch.rand(s, device=device) > 0.5 for s in shapes]
+    reserved = [half_of(s, device, units=mask == "units") for s in shapes]
     floats = [r.float() for r in reserved]
     free = [1 - f for f in floats]
-    given = reserved if mask == "bool" else floats
+    given = floats if mask == "float" else reserved
 
     def loop() -> None:
         for g, r in zip(grads, floats, strict=True):
@@ -72,16 +72,23 @@ def masked_grad(device: torch.device, compiled: Compiled, shapes: Shapes, mask: 
         "_foreach_mul_ (mask precomputed)": lambda: torch._foreach_mul_(grads, free),
         **compiled(loop),
     }
-    return Contest(contenders, check, sum(g.numel() for g in grads) * (9 if mask == "bool" else 12))
+    return Contest(contenders, check, sum(g.numel() for g in grads) * {"units": 5, "bool": 9, "float": 12}[mask])
+
+
+def half_of(shape: tuple[int, ...], device: torch.device, *, units: bool) -> Tensor:
+    """A mask that reserves half the weights (DGMw), or all weights of half the units (DGMa, HAT)."""
+    places = shape[:1] + (1,) * (len(shape) - 1) if units else shape
+    return (torch.rand(places, device=device) > 0.5).expand(shape).contiguous()
 
 
 def masked_step(device: torch.device, shapes: Shapes, kind: str = "Adam") -> Contest:
     """A whole optimizer step under a reserved mask, against torch's steps with and without one.
 
     "fused, no mask" is what protection may cost nothing against; it, and the other two, do not freeze anything: torch's
-    moments and weight decay move reserved weights.
+    moments and weight decay move reserved weights. "units": half the units are reserved, not half of each unit.
     """
-    reserved = [torch.rand(s, device=device) > 0.5 for s in shapes]
+    reserved = [half_of(s, device, units=False) for s in shapes]
+    of_units = [half_of(s, device, units=True) for s in shapes]
     floats = [r.float() for r in reserved]
     free = [1 - f for f in floats]
 
@@ -99,13 +106,13 @@ def masked_step(device: torch.device, shapes: Shapes, kind: str = "Adam") -> Con
 
     def mine(form: str) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
         params = parameters()
-        given = [ops.pack_mask(r) for r in reserved] if form == "bits" else reserved
+        given = {"bits": [ops.pack_mask(r) for r in reserved], "units": of_units}.get(form, reserved)
         masks = {} if form == "none" else dict(zip(params, given, strict=True))
         if kind == "Adam":
             return params, optim.MaskedAdam(params, 1e-3, reserved=masks)
         return params, optim.MaskedSGD(params, 1e-2, momentum=0.9, reserved=masks)
 
-    pairs = {form: mine(form) for form in ("bool", "bits", "none")}
+    pairs = {form: mine(form) for form in ("bool", "bits", "units", "none")}
     plain, default, foreach, fused = theirs(), theirs(), theirs(foreach=True), theirs(fused=True)
 
     def eager() -> None:
@@ -126,16 +133,18 @@ def masked_step(device: torch.device, shapes: Shapes, kind: str = "Adam") -> Con
         start = [p.detach().clone() for p in plain[0]]
         for call in contenders.values():
             call()
-        for form in ("bool", "bits"):
-            for p, s, r in zip(pairs[form][0], start, reserved, strict=True):
+        for form, masks in (("bool", reserved), ("bits", reserved), ("units", of_units)):
+            for p, s, r in zip(pairs[form][0], start, masks, strict=True):
                 close(p.detach()[r], s[r], rtol=0, atol=0)  # not a bit has moved
         for params in everyone:
-            for p, want, r in zip(params, plain[0], reserved, strict=True):
+            masks = of_units if params is pairs["units"][0] else reserved
+            for p, want, r in zip(params, plain[0], masks, strict=True):
                 close(p.detach()[~r], want.detach()[~r], rtol=1e-4, atol=1e-5)
 
     contenders: dict[str, Call] = {
         "fastcl": pairs["bool"][1].step,
         "fastcl, packed bits": pairs["bits"][1].step,
+        "fastcl, units": pairs["units"][1].step,
         "fastcl, no mask": pairs["none"][1].step,
         "torch fused, no mask": fused[1].step,
         f"eager mask + torch {kind}": eager,
