@@ -175,6 +175,24 @@ def test_log_prob_gradients(kind: str) -> None:
     assert torch.autograd.gradcheck(density, (x, means, scale))
 
 
+@pytest.mark.parametrize("far", ["", "0", "1", "48", "12345678", "012345678"])
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_components_near_and_far_from_the_middle(far: str, offset: float) -> None:
+    """float32 without a factor takes them by different formulas, alone and in pairs: the same error for all."""
+    means, deviation = mixture(9, 37, "diagonal")
+    means = 0.1 * means + offset
+    for k in map(int, far):
+        means[k] += (100 if k > 0 else 3e5) * deviation[k]  # 100: the others stay near; 3e5: the middle is far from all
+    means, deviation = means.float(), deviation.float()
+    labels = torch.arange(200) % 9
+    x = means[labels] + deviation[labels] * torch.randn(200, 37)
+    found = fastcl.ops.gmm_log_prob(x, means, deviation).double()
+    want = reference.gmm_log_prob(x.double(), means.double(), deviation.double())
+    torch.testing.assert_close(found, want, rtol=3e-6, atol=1e-4)
+    alone = torch.stack([fastcl.ops.gmm_log_prob(x[i : i + 1], means, deviation)[0] for i in range(0, 200, 67)])
+    assert torch.equal(alone.double(), found[::67])
+
+
 def test_ill_conditioned_factors() -> None:
     """Within the digits that float32 has for such a factor."""
     deviation = torch.logspace(-4, 3, 8).double()

@@ -23,11 +23,15 @@ struct Shift {  // to[j][s] = x[j][s] - mu[j]
 template <class T>
 constexpr int64_t kLanes = 192 / sizeof(T);
 
-// total[c][s] = sum_j ((x[j][s] - mu[c][j]) inverse[c][j])^2. Two components at once where registers are many: each
-// sum waits for its last addition.
-template <class T, int count>
+// Of a near component y is taken as x inverse - mu inverse, two operations a number instead of three. That rounds mu
+// inverse, by at most kNear units of the last place of 1; x and mu count from the components' middle.
+constexpr double kNear = 32;
+
+// total[c][s] = sum_j y^2, y = (x[j][s] - at[c][j]) inverse[c][j], or near: x[j][s] inverse[c][j] - at[c][j]. Two
+// components at once where registers are many: each sum waits for its last addition.
+template <class T, int count, bool near>
 struct ScaledSquares {
-  static FASTCL_HD void run(T* FASTCL_RESTRICT total, const T* FASTCL_RESTRICT x, const T* FASTCL_RESTRICT mean,
+  static FASTCL_HD void run(T* FASTCL_RESTRICT total, const T* FASTCL_RESTRICT x, const T* FASTCL_RESTRICT at,
                             const T* FASTCL_RESTRICT inverse, int64_t features) {
     constexpr int lanes = kLanes<T>;
     T sums[count * lanes];
@@ -35,7 +39,8 @@ struct ScaledSquares {
     for (int64_t j = 0; j < features; ++j)
       for (int c = 0; c < count; ++c)
         for (int s = 0; s < lanes; ++s) {
-          const T y = (x[j * lanes + s] - mean[c * features + j]) * inverse[c * features + j];
+          const T value = x[j * lanes + s], a = at[c * features + j], scale = inverse[c * features + j];
+          const T y = near ? value * scale - a : (value - a) * scale;
           sums[c * lanes + s] += y * y;
         }
     for (int l = 0; l < count * lanes; ++l) total[l] = sums[l];
@@ -65,7 +70,9 @@ struct Density {
   const bool full;
   const TileChoice<T> tile;
   const int64_t width;
-  std::unique_ptr<T[]> mean, inverse, constant;
+  std::unique_ptr<T[]> mean, inverse, constant, middle;
+  std::vector<char> near;  // its mean[] is then (mu - middle) inverse
+  bool any_near = false;
   Factors<T> factors;
 
   Density(const char* op, const Tensor& means, const Tensor& trils, Covariance covariance)
@@ -77,6 +84,8 @@ struct Density {
         mean(new T[components * features]),
         inverse(new T[full ? 0 : components * features]),
         constant(new T[components]),
+        middle(new T[full ? 0 : features]),
+        near(components, 0),
         factors(full ? components : 0, features, tile.mr) {
     const bool diagonal = covariance == Covariance::diagonal;
     const In* mu = static_cast<const In*>(means.const_data_ptr());
@@ -106,6 +115,24 @@ struct Density {
     });
     for (int64_t k = 0; k < components; ++k)
       FASTCL_CHECK(good[k], op, ": scale_trils of component ", k, " must have a positive, finite diagonal");
+    if (!full) find_near();
+  }
+
+  void find_near() {
+    for (int64_t i = 0; i < features; ++i) {
+      double sum = 0;
+      for (int64_t k = 0; k < components; ++k) sum += mean[k * features + i];
+      middle[i] = static_cast<T>(sum / double(components));
+    }
+    const auto scaled = [&](int64_t k, int64_t i) {
+      return (double(mean[k * features + i]) - double(middle[i])) * double(inverse[k * features + i]);
+    };
+    for (int64_t k = 0; k < components; ++k) {
+      near[k] = 1;
+      for (int64_t i = 0; i < features; ++i) near[k] &= std::abs(scaled(k, i)) <= kNear;  // not NaN
+      for (int64_t i = 0; near[k] && i < features; ++i) mean[k * features + i] = static_cast<T>(scaled(k, i));
+    }
+    any_near = std::count(near.begin(), near.end(), 1) > 0;
   }
 
   // body(logs, begin, samples) for every block of the rows of x; begin + samples is at most n.
@@ -113,12 +140,14 @@ struct Density {
   void for_each(const In* x, int64_t n, const F& body) const {
     const int64_t work = width * components * features * (full ? 1 + features / 32 : 1);
     par_for(0, ceil_div(n, width), std::max<int64_t>(1, 131072 / work), [&](int64_t first, int64_t last) {
-      const Aligned<T> block = aligned<T>(features * width), shifted = aligned<T>(full ? features * width : 0);
+      const Aligned<T> block = aligned<T>(features * width),
+                       shifted = aligned<T>(full || any_near ? features * width : 0);
       const Aligned<T> logs = aligned<T>(components * width);
       for (int64_t b = first; b < last; ++b) {
         const int64_t begin = b * width, samples = std::min(width, n - begin);
         for (int64_t j = 0; samples < width && j < features; ++j) std::fill_n(block.get() + j * width, width, T(0));
         transpose(block.get(), width, x + begin * features, features, samples, features);
+        if (any_near) simd<Shift<T>>(shifted.get(), static_cast<const T*>(block.get()), middle.get(), features, width);
         for (int64_t k = 0; k < components;) k += log_densities(logs.get() + k * width, k, block.get(), shifted.get());
         body(logs.get(), begin, samples);
       }
@@ -128,14 +157,18 @@ struct Density {
   // Of component k, and perhaps of some that follow: how many.
   int64_t log_densities(T* logs, int64_t k, const T* block, T* shifted) const {
     const T *m = mean.get() + k * features, *i = full ? nullptr : inverse.get() + k * features;
-    const int64_t count = !full && k + 1 < components && isa() == Isa::avx512 ? 2 : 1;
+    const bool two = !full && k + 1 < components && near[k] == near[k + 1] && isa() == Isa::avx512;
+    const int64_t count = two ? 2 : 1;
     if (full) {
       simd<Shift<T>>(shifted, block, m, features, width);
       tile.triangle_squares(factors.panel(k, 0), features, shifted, logs);
-    } else if (count == 2) {
-      simd<ScaledSquares<T, 2>>(logs, block, m, i, features);
+    } else if (near[k]) {
+      const T* x = shifted;
+      two ? simd<ScaledSquares<T, 2, true>>(logs, x, m, i, features)
+          : simd<ScaledSquares<T, 1, true>>(logs, x, m, i, features);
     } else {
-      simd<ScaledSquares<T, 1>>(logs, block, m, i, features);
+      two ? simd<ScaledSquares<T, 2, false>>(logs, block, m, i, features)
+          : simd<ScaledSquares<T, 1, false>>(logs, block, m, i, features);
     }
     for (int64_t c = 0; c < count; ++c)
       for (int64_t s = 0; s < width; ++s) logs[c * width + s] = constant[k + c] - T(0.5) * logs[c * width + s];
@@ -179,9 +212,9 @@ Tensor gmm_log_prob(const Tensor& x, const Tensor& means, const Tensor& scale_tr
   const char* op = "gmm_log_prob";
   const Covariance covariance = covariance_of(op, means, scale_trils);
   check_matrix(op, "x", x, -1, "N", means.size(1), "D", means, "means");
-  const Tensor rows = torch::stable::contiguous(x), mu = torch::stable::contiguous(means);
-  const Tensor l = torch::stable::contiguous(scale_trils);
-  Tensor out = fresh(x, {x.size(0), means.size(0)});
+  const Tensor rows = row_major(x), mu = row_major(means);
+  const Tensor l = row_major(scale_trils);
+  Tensor out = fresh({x.size(0), means.size(0)}, x.scalar_type());
   dispatch_float(x.scalar_type(), op, "x", [&](auto type) {
     using In = decltype(type);
     using T = arithmetic_t<In>;
@@ -203,10 +236,10 @@ std::tuple<Tensor, Tensor> gmm_responsibilities(const Tensor& x, const Tensor& w
   check_same_dtype(weights, means, op, "weights", "means");
   FASTCL_CHECK(weights.dim() == 1 && weights.size(0) == means.size(0), op,
                ": weights must be [K] with the K of means, ", means.size(0));
-  const Tensor rows = torch::stable::contiguous(x), mu = torch::stable::contiguous(means);
-  const Tensor l = torch::stable::contiguous(scale_trils), shares = torch::stable::contiguous(weights);
-  Tensor responsibilities = fresh(x, {x.size(0), means.size(0)});
-  Tensor log_density = fresh(x, {x.size(0)});
+  const Tensor rows = row_major(x), mu = row_major(means);
+  const Tensor l = row_major(scale_trils), shares = row_major(weights);
+  Tensor responsibilities = fresh({x.size(0), means.size(0)}, x.scalar_type());
+  Tensor log_density = fresh({x.size(0)}, x.scalar_type());
   dispatch_float(x.scalar_type(), op, "x", [&](auto type) {
     using In = decltype(type);
     using T = arithmetic_t<In>;
