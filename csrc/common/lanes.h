@@ -18,6 +18,10 @@ struct Lanes {
       for (int i = 0; i < WIDTH; ++i) a.x[i] -= b.x[i];
       return a;
     }
+    friend Vector operator-(Vector a, T b) {
+      for (int i = 0; i < WIDTH; ++i) a.x[i] -= b;
+      return a;
+    }
     friend Vector operator*(Vector a, T b) {
       for (int i = 0; i < WIDTH; ++i) a.x[i] *= b;
       return a;

@@ -3,6 +3,7 @@
 // components' shares of it, EM's E-step, while a block's log densities lie in the cache.
 #include <cmath>
 
+#include "../common/lanes.h"
 #include "../common/transpose.h"
 #include "blocks.h"
 #include "math.h"
@@ -27,24 +28,33 @@ constexpr int64_t kLanes = 192 / sizeof(T);
 // inverse, by at most kNear units of the last place of 1; x and mu count from the components' middle.
 constexpr double kNear = 32;
 
-// total[c][s] = sum_j y^2, y = (x[j][s] - at[c][j]) inverse[c][j], or near: x[j][s] inverse[c][j] - at[c][j]. Two
-// components at once where registers are many: each sum waits for its last addition.
+// logs[c][s] = constant[c] - sum_j y^2 / 2, y = (x[j][s] - at[c][j]) inverse[c][j], or near: x[j][s] inverse[c][j] -
+// at[c][j]. Several components at once where registers are many: each sum waits for its last addition.
 template <class T, int count, bool near>
 struct ScaledSquares {
-  static FASTCL_HD void run(T* FASTCL_RESTRICT total, const T* FASTCL_RESTRICT x, const T* FASTCL_RESTRICT at,
-                            const T* FASTCL_RESTRICT inverse, int64_t features) {
-    constexpr int lanes = kLanes<T>;
-    T sums[count * lanes];
-    for (int l = 0; l < count * lanes; ++l) sums[l] = T(0);
-    for (int64_t j = 0; j < features; ++j)
-      for (int c = 0; c < count; ++c)
-        for (int s = 0; s < lanes; ++s) {
-          const T value = x[j * lanes + s], a = at[c * features + j], scale = inverse[c * features + j];
-          const T y = near ? value * scale - a : (value - a) * scale;
-          sums[c * lanes + s] += y * y;
+  template <int bytes>
+  struct Of {
+    using Vector = typename Lanes<T, bytes / sizeof(T)>::Vector;
+    static constexpr int kWidth = bytes / sizeof(T), kVectors = kLanes<T> / kWidth;
+
+    static FASTCL_HD void run(T* logs, const T* x, const T* at, const T* inverse, const T* constant, int64_t features) {
+      Vector sums[count][kVectors] = {};
+      int64_t j = 0;
+      do {  // there is one: asked first, gcc would keep the sums in memory too
+        const Vector* values = reinterpret_cast<const Vector*>(x + j * kLanes<T>);
+        for (int c = 0; c < count; ++c) {
+          const T a = at[c * features + j], scale = inverse[c * features + j];
+          for (int v = 0; v < kVectors; ++v) {
+            const Vector y = near ? values[v] * scale - a : (values[v] - a) * scale;
+            sums[c][v] += y * y;
+          }
         }
-    for (int l = 0; l < count * lanes; ++l) total[l] = sums[l];
-  }
+      } while (++j < features);
+      for (int c = 0; c < count; ++c)
+        for (int v = 0; v < kVectors; ++v)
+          reinterpret_cast<Vector*>(logs + c * kLanes<T>)[v] = -(sums[c][v] * T(0.5) - constant[c]);
+    }
+  };
 };
 
 // inverse of the lower triangular L (row-major, D x D), by columns.
@@ -156,22 +166,28 @@ struct Density {
 
   // Of component k, and perhaps of some that follow: how many.
   int64_t log_densities(T* logs, int64_t k, const T* block, T* shifted) const {
-    const T *m = mean.get() + k * features, *i = full ? nullptr : inverse.get() + k * features;
-    const bool two = !full && k + 1 < components && near[k] == near[k + 1] && isa() == Isa::avx512;
-    const int64_t count = two ? 2 : 1;
-    if (full) {
-      simd<Shift<T>>(shifted, block, m, features, width);
-      tile.triangle_squares(factors.panel(k, 0), features, shifted, logs);
-    } else if (near[k]) {
-      const T* x = shifted;
-      two ? simd<ScaledSquares<T, 2, true>>(logs, x, m, i, features)
-          : simd<ScaledSquares<T, 1, true>>(logs, x, m, i, features);
-    } else {
-      two ? simd<ScaledSquares<T, 2, false>>(logs, block, m, i, features)
-          : simd<ScaledSquares<T, 1, false>>(logs, block, m, i, features);
-    }
-    for (int64_t c = 0; c < count; ++c)
-      for (int64_t s = 0; s < width; ++s) logs[c * width + s] = constant[k + c] - T(0.5) * logs[c * width + s];
+    if (!full) return near[k] ? without_factor<true>(logs, k, shifted) : without_factor<false>(logs, k, block);
+    simd<Shift<T>>(shifted, block, mean.get() + k * features, features, width);
+    tile.triangle_squares(factors.panel(k, 0), features, shifted, logs);
+    for (int64_t s = 0; s < width; ++s) logs[s] = constant[k] - T(0.5) * logs[s];
+    return 1;
+  }
+
+  template <bool is_near>
+  int64_t without_factor(T* logs, int64_t k, const T* x) const {
+    int64_t alike = 1;
+    while (alike < 4 && k + alike < components && (near[k + alike] != 0) == is_near) ++alike;
+    if (isa() != Isa::avx512) alike = 1;
+    return alike == 4  ? squares<4, is_near>(logs, k, x)
+           : alike > 1 ? squares<2, is_near>(logs, k, x)
+                       : squares<1, is_near>(logs, k, x);
+  }
+
+  template <int count, bool is_near>
+  int64_t squares(T* logs, int64_t k, const T* x) const {
+    simd_of_width<ScaledSquares<T, count, is_near>::template Of>(
+        logs, x, static_cast<const T*>(mean.get() + k * features), static_cast<const T*>(inverse.get() + k * features),
+        static_cast<const T*>(constant.get() + k), features);
     return count;
   }
 };
