@@ -76,7 +76,7 @@ def gmm_log_prob(x: Tensor, means: Tensor, scale_trils: Tensor) -> Tensor:
     Raises:
         ValueError: a factor whose diagonal is not positive and finite; shapes, dtypes or devices that do not fit.
 
-    Cost: N K D^2 FLOPs (3 N K D for a diagonal), K D^3 / 3 for the inverse factors; no [N, K, D].
+    Cost: N K D^2 FLOPs (2 or 3 N K D operations for a diagonal), K D^3 / 3 for the inverse factors; no [N, K, D].
 
     Example:
         >>> fastcl.ops.gmm_log_prob(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1))
