@@ -146,25 +146,29 @@ class GaussianMixture(nn.Module):
         return em.refilled(following, found, x, density), density.mean(dtype=torch.float64).item()
 
     def _start(self, x: Tensor, generator: torch.Generator | None) -> em.Mixture:
+        k, d = self.n_components, x.shape[1]
+        given: dict[str, Tensor] = {}
+        if self.weights_init is not None:
+            given["weights"] = self._initial("weights_init", self.weights_init, (k,), x)
+        if self.means_init is not None:
+            given["means"] = self._initial("means_init", self.means_init, (k, d), x)
+        if self.precisions_init is not None:
+            given["scale_trils"] = self._from_precisions(x)
+        return em.Mixture(**{**({} if len(given) == 3 else vars(self._found_start(x, generator))), **given})
+
+    def _found_start(self, x: Tensor, generator: torch.Generator | None) -> em.Mixture:
         k, middle = self.n_components, x.mean(0).expand(self.n_components, -1)
         if self.init_params == "kmeans":
             found = em.class_moments(x, em.kmeans(x, k, generator), middle, self.covariance)
         else:
             shares = torch.rand(len(x), k, generator=generator, dtype=x.dtype).to(x.device)
             found = em.moments(x, shares / shares.sum(1, keepdim=True), middle, self.covariance)
-        mixture = em.maximised(found, self.covariance, self.reg_covar, x.dtype)
-        given = {"weights": self.weights_init, "means": self.means_init}
-        for name, value in given.items():
-            if value is not None:
-                setattr(mixture, name, self._initial(f"{name}_init", value, getattr(mixture, name)))
-        if self.precisions_init is not None:
-            mixture.scale_trils = self._from_precisions(x)
-        return mixture
+        return em.maximised(found, self.covariance, self.reg_covar, x.dtype)
 
-    def _initial(self, name: str, value: Array, like: Tensor) -> Tensor:
-        t = torch.as_tensor(value, dtype=like.dtype, device=like.device)
-        if t.shape != like.shape or not t.isfinite().all():
-            raise ValueError(f"{name} has shape {list(t.shape)} but must have {list(like.shape)} finite numbers")
+    def _initial(self, name: str, value: Array, shape: tuple[int, ...], x: Tensor) -> Tensor:
+        t = torch.as_tensor(value, dtype=x.dtype, device=x.device)
+        if t.shape != shape or not t.isfinite().all():
+            raise ValueError(f"{name} has shape {list(t.shape)} but must have {list(shape)} finite numbers")
         if name == "weights_init" and not ((t >= 0).all() and torch.isclose(t.sum(), t.new_ones(()), atol=1e-5)):
             raise ValueError(f"{name} must not be negative and add up to 1")
         return t
