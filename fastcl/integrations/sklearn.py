@@ -155,28 +155,34 @@ class GaussianMixture(mixture.GaussianMixture):
         return _like(X, self._log_prob(X))
 
     def _log_prob(self, X: Array) -> Tensor:
+        x, means, scale, constant = self._components(X)
+        return ops.gmm_log_prob(x, means, scale).add_(constant)
+
+    def _components(self, X: Array) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Samples, means and scales for the kernels, and what they leave out of every log density."""
         x, means, factors = _tensor(X), _tensor(self.means_), _tensor(self.precisions_cholesky_)
         dtype = torch.promote_types(x.dtype, means.dtype)
         x, means, factors = x.to(means.device, dtype), means.to(dtype), factors.double()
+        zero = means.new_zeros(())
         if self.covariance_type in ("diag", "spherical"):
-            return ops.gmm_log_prob(x, means, factors.reciprocal().to(dtype))
+            return x, means, factors.reciprocal().to(dtype), zero
         if factors.tril(-1).any():  # put there by hand: any factor of the precision
             upper = torch.linalg.cholesky((factors @ factors.mT).flip(-1, -2)).flip(-1, -2)
         else:
             upper = factors
         if self.covariance_type == "full":
-            return ops.gmm_log_prob(x, means, _inverse(upper.mT).to(dtype))
+            return x, means, _inverse(upper.mT).to(dtype), zero
         # one covariance: white data and unit variances, N D^2 + N K D instead of N K D^2
         middle, white = means.mean(0), upper.to(dtype)
-        found = ops.gmm_log_prob((x - middle) @ white, (means - middle) @ white, means.new_ones(len(means)))
-        return found + upper.diagonal().log().sum().to(dtype)
+        determinant = upper.diagonal().log().sum().to(dtype)
+        return (x - middle) @ white, (means - middle) @ white, means.new_ones(len(means)), determinant
 
     def _estimate_log_prob_resp(self, X: Array, **kwargs: Any) -> tuple[Array, Array]:
-        joint = self._log_prob(X)
-        joint += _tensor(self.weights_).to(joint).log()
-        norm = joint.logsumexp(1)
-        joint -= norm.unsqueeze(1)
-        return _like(X, norm), _like(X, joint)
+        x, means, scale, constant = self._components(X)
+        weights = _tensor(self.weights_).to(means)
+        _, norm = ops.gmm_responsibilities(x, weights, means, scale)  # a tenth of torch.logsumexp's time
+        shares = ops.gmm_log_prob(x, means, scale).add_(weights.log()).sub_(norm.unsqueeze(1))
+        return _like(X, norm.add_(constant)), _like(X, shares)
 
     def sample(self, n_samples: int = 1) -> tuple[Array, Array]:
         """(X [n, D] in float64, components [n]): their numbers are scikit-learn's, their latents are Philox's.
