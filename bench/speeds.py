@@ -46,11 +46,11 @@ ROWS = [
         "fisher[MLP 0.5M-contiguous]",
         [PLAIN, BACKPACK, ("torch.func", "torch.func, chunks of 16")],
     ),
-    ("`MaskedAdam` step, bool mask, 9.9M", "cpu.md", "masked_step[DCGAN-9.9M-Adam]", [EAGER_ADAM, FUSED_ADAM]),
-    ("the same, 200 tensors of 16", "cpu.md", "masked_step[200-tiny-tensors-Adam]", [EAGER_ADAM, FUSED_ADAM]),
+    ("`MaskedAdam` step, bool mask, 9.9M", "masked.md", "masked_step[DCGAN-9.9M-Adam]", [EAGER_ADAM, FUSED_ADAM]),
+    ("the same, 200 tensors of 16", "masked.md", "masked_step[200-tiny-tensors-Adam]", [EAGER_ADAM, FUSED_ADAM]),
     (
         "`masked_grad_`, bool mask, 9.9M",
-        "cpu.md",
+        "masked.md",
         "masked_grad[DCGAN-9.9M-bool]",
         [
             ("(1 - m) * g", "loop (1 - m) * g"),
