@@ -98,6 +98,27 @@ def test_a_sample_depends_on_nothing_but_its_number(kind: str) -> None:
     assert not torch.equal(gmm._gmm_sample(labels, means, scale, key + 1), z)
 
 
+@pytest.mark.parametrize("k", [5, 100])  # the factors of 100 do not stay in the cache: components one after the other
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_samples_of_unlike_components(kind: str, k: int) -> None:
+    """Labels are grouped in chunks of 16384, and components take turns: some have few samples, and two have none."""
+    n, d = 40_001, 40
+    means, scale = mixture(k, d, kind)
+    labels = (torch.rand(n) ** 3 * (k - 2)).long()
+    labels[20_000:30_000] = k - 3
+    eps = reference.normals(torch.arange(n), d, 77, torch.float64)
+    factors = whole(scale, d)
+    z = gmm._gmm_sample(labels, means, scale, torch.tensor([77]))
+    for c in range(k):
+        mine = labels == c
+        torch.testing.assert_close(z[mine], means[c] + eps[mine] @ factors[c].T, rtol=0, atol=1e-11)
+    counts = fastcl.ops.gmm_class_statistics(z, labels, means)[0]
+    assert torch.equal(counts, labels.bincount(minlength=k).double())
+    labels[[20_000, 39_000]] = torch.tensor([-3, k])
+    with pytest.raises(ValueError, match="labels has -3 but must lie between"):
+        fastcl.ops.gmm_sample(labels, means, scale)
+
+
 def drawn(seed: int, queue: multiprocessing.Queue | None = None) -> list[float]:
     torch.manual_seed(seed)
     z = fastcl.ops.gmm_sample(torch.arange(40) % 2, torch.zeros(2, 3), torch.ones(2, 3)).flatten().tolist()

@@ -1,6 +1,17 @@
 #include "blocks.h"
 
+#include <utility>
+
 namespace fastcl {
+namespace {
+
+#ifdef FASTCL_SMALL_GRAIN
+constexpr int64_t kChunk = 128;
+#else
+constexpr int64_t kChunk = 16384;  // labels that a thread takes at once
+#endif
+
+}  // namespace
 
 void check_means(const char* op, const Tensor& means) {
   FASTCL_CHECK(means.is_cpu(), op, ": means must be a CPU tensor");
@@ -33,16 +44,36 @@ Grouped::Grouped(const char* op, const Tensor& labels, int64_t components) : beg
                ": labels must be an int64 CPU tensor [N]");
   const Tensor dense = row_major(labels);
   const int64_t* y = static_cast<const int64_t*>(dense.const_data_ptr());
-  const int64_t n = dense.numel();
-  for (int64_t i = 0; i < n; ++i) {
-    FASTCL_CHECK(y[i] >= 0 && y[i] < components, op, ": labels has ", y[i], " but must lie between 0 and ",
-                 components - 1);
-    ++begin[y[i] + 1];
+  const int64_t n = dense.numel(), chunks = ceil_div(n, kChunk);
+  // How many of each label every chunk has, then where its first of each goes.
+  std::unique_ptr<int64_t[]> next(new int64_t[chunks * components]());
+  std::vector<int64_t> bad(chunks, -1);
+  const auto each = [&](const auto& f) {
+    par_for(0, chunks, 1, [&](int64_t first, int64_t last) {
+      for (int64_t c = first; c < last; ++c) f(c, c * kChunk, std::min(n, (c + 1) * kChunk), &next[c * components]);
+    });
+  };
+  each([&](int64_t chunk, int64_t from, int64_t to, int64_t* count) {
+    for (int64_t i = from; i < to; ++i) {
+      if (y[i] < 0 || y[i] >= components) {
+        bad[chunk] = i;
+        return;
+      }
+      ++count[y[i]];
+    }
+  });
+  for (const int64_t i : bad)
+    FASTCL_CHECK(i < 0, op, ": labels has ", y[i], " but must lie between 0 and ", components - 1);
+  int64_t at = 0;
+  for (int64_t k = 0; k < components; ++k) {
+    begin[k] = at;
+    for (int64_t c = 0; c < chunks; ++c) at += std::exchange(next[c * components + k], at);
   }
-  for (int64_t k = 0; k < components; ++k) begin[k + 1] += begin[k];
-  order.resize(n);
-  std::vector<int64_t> next(begin.begin(), begin.end() - 1);
-  for (int64_t i = 0; i < n; ++i) order[next[y[i]]++] = i;
+  begin[components] = at;
+  order.reset(new int64_t[n]);
+  each([&](int64_t, int64_t from, int64_t to, int64_t* to_of) {
+    for (int64_t i = from; i < to; ++i) order[to_of[y[i]]++] = i;
+  });
 }
 
 }  // namespace fastcl

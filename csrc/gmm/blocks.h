@@ -33,7 +33,8 @@ struct Factors {
 
 // Samples in the order of their labels, each label's in their own order; begin[k] ... begin[k + 1] are label k's.
 struct Grouped {
-  std::vector<int64_t> order, begin;
+  std::unique_ptr<int64_t[]> order;
+  std::vector<int64_t> begin;
   Grouped(const char* op, const Tensor& labels, int64_t components);
 };
 

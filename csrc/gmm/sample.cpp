@@ -9,34 +9,37 @@ namespace {
 
 constexpr const char* kOp = "gmm_sample";
 
-constexpr int64_t kWidest = 64;  // samples of a block, at most
+constexpr int64_t kWidest = 64;       // samples of a block, at most
+constexpr int64_t kKept = 512 << 10;  // bytes of a thread's cache
 
 // Four features' normals of a block of samples: counter (feature / 4, sample's low word, 0, its high word). They come
 // as rows of samples, [4][width], or as one sample's four side by side, [width][4].
 template <class T, bool side_by_side>
 struct Normals {
-  static FASTCL_HD void run(T* FASTCL_RESTRICT eps, const uint32_t* FASTCL_RESTRICT low,
-                            const uint32_t* FASTCL_RESTRICT high, int64_t quad, int64_t width, uint32_t key0,
-                            uint32_t key1, PhiloxWords random) {
-    alignas(64) uint32_t words[4][kWidest];
-    random(words[0], kWidest, static_cast<uint32_t>(quad), low, high, width, key0, key1);
-    if constexpr (side_by_side) {
-      for (int64_t s = 0; s < width; ++s) {
-        const Pair<T> a = box_muller<T>(words[0][s], words[1][s]), b = box_muller<T>(words[2][s], words[3][s]);
-        eps[4 * s] = a.first;
-        eps[4 * s + 1] = a.second;
-        eps[4 * s + 2] = b.first;
-        eps[4 * s + 3] = b.second;
+  template <int bytes>
+  struct Of {  // width is a multiple of a vector's numbers: no remainder, and no overlap to test for
+    static FASTCL_HD void run(T* FASTCL_RESTRICT eps, const uint32_t* FASTCL_RESTRICT low, uint32_t high, int64_t quad,
+                              int64_t width, const PhiloxKeys* keys, PhiloxWords random) {
+      constexpr int64_t lanes = bytes / sizeof(T);
+      alignas(64) uint32_t words[4][kWidest];
+      random(words[0], kWidest, static_cast<uint32_t>(quad), low, high, width, *keys);
+      for (int64_t at = 0; at < width; at += lanes) {
+        T z[4][lanes];
+        for (int half = 0; half < 2; ++half)
+          for (int64_t s = 0; s < lanes; ++s) {
+            const Pair<T> pair = box_muller<T>(words[2 * half][at + s], words[2 * half + 1][at + s]);
+            z[2 * half][s] = pair.first;
+            z[2 * half + 1][s] = pair.second;
+          }
+        if constexpr (side_by_side)
+          for (int64_t s = 0; s < lanes; ++s)
+            for (int i = 0; i < 4; ++i) eps[4 * (at + s) + i] = z[i][s];
+        else
+          for (int i = 0; i < 4; ++i)
+            for (int64_t s = 0; s < lanes; ++s) eps[i * width + at + s] = z[i][s];
       }
-    } else {
-      for (int half = 0; half < 2; ++half)
-        for (int64_t s = 0; s < width; ++s) {
-          const Pair<T> pair = box_muller<T>(words[2 * half][s], words[2 * half + 1][s]);
-          eps[2 * half * width + s] = pair.first;
-          eps[(2 * half + 1) * width + s] = pair.second;
-        }
     }
-  }
+  };
 };
 
 template <class T>
@@ -72,6 +75,21 @@ struct StoreRows {
   }
 };
 
+// A component's rows lie apart in memory: their lines come while the numbers are made, a few at a time, since a
+// processor waits with more than a dozen under way (together they were a quarter of the time).
+struct Lines {
+  const char* out;
+  const int64_t* rows;
+  int64_t samples, row_bytes, row = 0, byte = 0;
+  int64_t count() const { return samples * ceil_div(row_bytes, 64); }
+  void fetch(int64_t lines) {
+    for (; lines > 0 && row < samples; --lines) {
+      prefetch(out + rows[row] * row_bytes + byte);
+      if ((byte += 64) >= row_bytes) byte = 0, ++row;
+    }
+  }
+};
+
 template <class In>
 void sample(In* out, const Grouped& groups, const Tensor& means, const Tensor& trils, Covariance covariance,
             uint64_t key) {
@@ -101,39 +119,48 @@ void sample(In* out, const Grouped& groups, const Tensor& means, const Tensor& t
     int64_t component, begin, samples;
   };
   std::vector<Piece> pieces;
+  // Components in turn, a piece of each: what is written at a time lies close together. Unless their factors would not
+  // stay in the cache meanwhile: then one component after the other.
+  const bool in_turn = components * features * (full ? features : 2) * static_cast<int64_t>(sizeof(T)) <= kKept;
+  std::vector<int64_t> left, next(groups.begin);
   for (int64_t k = 0; k < components; ++k)
-    for (int64_t at = groups.begin[k]; at < groups.begin[k + 1]; at += width)
-      pieces.push_back({k, at, std::min(width, groups.begin[k + 1] - at)});
+    if (next[k] < groups.begin[k + 1]) left.push_back(k);
+  while (!left.empty()) {
+    size_t unfinished = 0;
+    for (const int64_t k : left) {
+      const int64_t end = groups.begin[k + 1];
+      do {
+        int64_t to = std::min(next[k] + width, end);
+        while ((groups.order[next[k]] ^ groups.order[to - 1]) >> 32) --to;  // one high word in a piece
+        pieces.push_back({k, next[k], to - next[k]});
+        next[k] = to;
+      } while (!in_turn && next[k] < end);
+      if (next[k] < end) left[unfinished++] = k;
+    }
+    left.resize(unfinished);
+  }
   const int64_t height = std::max(4 * quads, full ? factors.count * tile.mr : 0);
-  const int64_t row_lines = ceil_div(features * static_cast<int64_t>(sizeof(In)), 64);  // of the cache, about
   const PhiloxWords random = philox_words();
   const int64_t grain = std::max<int64_t>(1, 65536 / (width * features * (full ? 1 + features / 32 : 1)));
   par_for(0, static_cast<int64_t>(pieces.size()), grain, [&](int64_t first, int64_t last) {
     const Aligned<T> eps = aligned<T>(4 * quads * width), z = aligned<T>(full ? height * width : 0);
-    alignas(64) uint32_t low[kWidest], high[kWidest];
-    const uint32_t key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);
+    alignas(64) uint32_t low[kWidest];
+    const PhiloxKeys keys(key);
     for (int64_t p = first; p < last; ++p) {
       const Piece& piece = pieces[p];
-      const int64_t* rows = groups.order.data() + piece.begin;
-      for (int64_t s = 0; s < width; ++s) {
-        const uint64_t n = static_cast<uint64_t>(rows[std::min(s, piece.samples - 1)]);
-        low[s] = static_cast<uint32_t>(n);
-        high[s] = static_cast<uint32_t>(n >> 32);
-      }
-      // A component's rows lie apart in memory: their lines come while the numbers are made, a few at a time, since a
-      // processor waits with more than a dozen under way (together they were a quarter of the time).
-      const uint32_t *lows = low, *highs = high;
-      int64_t line = 0, row = 0;
+      const int64_t* rows = groups.order.get() + piece.begin;
+      for (int64_t s = 0; s < piece.samples; ++s) low[s] = static_cast<uint32_t>(rows[s]);
+      for (int64_t s = piece.samples; s < width; ++s) low[s] = low[0];
+      const uint32_t high = static_cast<uint32_t>(rows[0] >> 32), *lows = low;
+      Lines ahead{reinterpret_cast<const char*>(out), rows, piece.samples, features * static_cast<int64_t>(sizeof(In))};
+      const int64_t share = ceil_div(ahead.count(), quads);
       for (int64_t quad = 0; quad < quads; ++quad) {
-        for (int64_t due = piece.samples * row_lines * (quad + 1) / quads; row * row_lines + line < due;) {
-          prefetch(reinterpret_cast<const char*>(out + rows[row] * features) + 64 * line);
-          if (++line == row_lines) line = 0, ++row;
-        }
+        ahead.fetch(share);
         T* to = eps.get() + 4 * width * quad;
         if (full)
-          simd<Normals<T, false>>(to, lows, highs, quad, width, key0, key1, random);
+          simd_of_width<Normals<T, false>::template Of>(to, lows, high, quad, width, &keys, random);
         else
-          simd<Normals<T, true>>(to, lows, highs, quad, width, key0, key1, random);
+          simd_of_width<Normals<T, true>::template Of>(to, lows, high, quad, width, &keys, random);
       }
       const T* m = mean.get() + piece.component * features;
       if (!full) {

@@ -223,7 +223,7 @@ std::tuple<Tensor, Tensor, Tensor> statistics(const char* op, const Tensor& x, c
     s.responsibilities = responsibilities == nullptr ? nullptr : static_cast<const In*>(weights.const_data_ptr());
     for (int64_t k = 0; k < components; ++k) {
       if (groups)
-        s.members.push_back({groups->order.data() + groups->begin[k], groups->begin[k + 1] - groups->begin[k]});
+        s.members.push_back({groups->order.get() + groups->begin[k], groups->begin[k + 1] - groups->begin[k]});
       else
         s.members.push_back({nullptr, x.size(0)});
     }

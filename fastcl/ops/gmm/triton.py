@@ -15,61 +15,49 @@ from .reference import shares
 
 @triton.jit
 def log_unit(u):
-    """log of a float in (0, 1]: Cephes logf without a branch, so that CPU and GPU compute one formula."""
+    """log of a float in (0, 1] without a branch, so that CPU and GPU compute one formula."""
     if u.dtype == tl.float64:
         return tl.log(u)
     shifted = u.to(tl.int32, bitcast=True) - 0x3F3504F3
     n = (shifted >> 23).to(tl.float32)
     f = ((shifted & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1
-    p = 7.0376836292e-2 * f - 1.1514610310e-1
-    p = p * f + 1.1676998740e-1
-    p = p * f - 1.2420140846e-1
-    p = p * f + 1.4249322787e-1
-    p = p * f - 1.6668057665e-1
-    p = p * f + 2.0000714765e-1
-    p = p * f - 2.4999993993e-1
-    p = p * f + 3.3333331174e-1
-    square = f * f
-    return n * 0.693359375 + (f + (square * f * p - 0.5 * square - n * 2.12194440e-4))
+    p = -7.635556257e-2 * f + 1.276162402e-1
+    p = p * f - 1.315975386e-1
+    p = p * f + 1.420171585e-1
+    p = p * f - 1.662340295e-1
+    p = p * f + 2.000123117e-1
+    p = p * f - 2.500081960e-1
+    p = p * f + 3.333333161e-1
+    return n * 6.931471806e-1 + (f * f * (f * p - 0.5) + f)
 
 
 @triton.jit
-def sincos_octant(x):
-    """|x| <= pi / 4."""
-    y = x * x
-    if x.dtype == tl.float64:
-        s = -1 / 1307674368000.0 * y + 1 / 6227020800.0
-        s = s * y - 1 / 39916800.0
-        s = s * y + 1 / 362880.0
-        s = s * y - 1 / 5040.0
-        s = s * y + 1 / 120.0
-        s = s * y - 1 / 6.0
-        c = 1 / 20922789888000.0 * y - 1 / 87178291200.0
-        c = c * y + 1 / 479001600.0
-        c = c * y - 1 / 3628800.0
-        c = c * y + 1 / 40320.0
-        c = c * y - 1 / 720.0
-        c = c * y + 1 / 24.0
-        return s * y * x + x, c * y * y - 0.5 * y + 1
-    s = ((-1.9515295891e-4 * y + 8.3321608736e-3) * y - 1.6666654611e-1) * y * x + x
-    c = ((2.443315711809948e-5 * y - 1.388731625493765e-3) * y + 4.166664568298827e-2) * y * y - 0.5 * y + 1
-    return s, c
+def sincos_half_turn(h):
+    """Of pi h, for |h| <= 1/2."""
+    if h.dtype == tl.float64:
+        return tl.sin(h * 3.14159265358979323846), tl.cos(h * 3.14159265358979323846)
+    y = h * h
+    s = 7.722224761e-2 * y - 5.980464497e-1
+    s = s * y + 2.550031641
+    s = s * y - 5.167706900
+    s = s * y + 3.141592581
+    c = -2.442107905e-2 * y + 2.349541715e-1
+    c = c * y - 1.335216161
+    c = c * y + 4.058709605
+    c = c * y - 4.934802156
+    return s * h, c * y + 1
 
 
 @triton.jit
 def box_muller(a, b, A: tl.constexpr):
-    """Two words to two normals; u is defined as rounded to float32, the octant is taken off in integers."""
+    """Two words to two normals; u is defined as rounded to float32, the nearest half turn is taken off in integers."""
     u = a.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
-    quadrant = ((b + 0x20000000) >> 30).to(tl.int32)
-    rest = (b - (quadrant.to(tl.uint32) << 30)).to(tl.int32, bitcast=True)
-    s, c = sincos_octant(rest.to(A) * tl.full((1,), 1.4629180792671596e-09, A))
-    square = -2 * log_unit(u.to(A))
-    r = tl.sqrt(square)
-    odd = (quadrant & 1) != 0
-    sine, cosine = tl.where(odd, c, s), tl.where(odd, s, c)
-    cosine = tl.where(((quadrant + 1) & 2) != 0, -cosine, cosine)
-    sine = tl.where((quadrant & 2) != 0, -sine, sine)
-    return r * cosine, r * sine
+    half_turn = (b + 0x40000000) & 0x80000000
+    rest = (b ^ half_turn).to(tl.int32, bitcast=True)
+    s, c = sincos_half_turn(rest.to(A) * tl.full((1,), 4.656612873077393e-10, A))
+    r = tl.sqrt(-2 * log_unit(u.to(A)))
+    r = tl.where(half_turn != 0, -r, r)
+    return r * c, r * s
 
 
 @triton.jit
