@@ -3,18 +3,6 @@
 namespace fastcl {
 namespace {
 
-template <class M>
-struct AllInUnitInterval {
-  static FASTCL_HD bool run(const M* r, int64_t n) {
-    int32_t bad = 0;  // counted, not and-ed: gcc vectorises this; NaN fails both
-    for (int64_t i = 0; i < n; ++i) {
-      const auto x = load(r + i);
-      bad += !(x >= 0) + !(x <= 1);
-    }
-    return bad == 0;
-  }
-};
-
 bool all_in_unit_interval(const Tensor& t) {
   return dispatch_float(t.scalar_type(), "mask", "reserved", [&](auto type) {
     using M = decltype(type);

@@ -156,6 +156,19 @@ FASTCL_HD Alike alike(const A* free) {  // of kAlike shares
   return differ != 0 ? Alike::no : free[0] == A(1) ? Alike::free : free[0] == A(0) ? Alike::reserved : Alike::no;
 }
 
+// Whether all of a piece lies in [0, 1]; NaN does not.
+template <class M>
+struct AllInUnitInterval {
+  static FASTCL_HD bool run(const M* r, int64_t n) {
+    int32_t bad = 0;  // counted, not and-ed: gcc vectorises this
+    for (int64_t i = 0; i < n; ++i) {
+      const auto x = load(r + i);
+      bad += !(x >= 0) + !(x <= 1);
+    }
+    return bad == 0;
+  }
+};
+
 // One weight's mask as a kernel wants it: checked, in the weight's memory order, temporaries kept alive.
 class Mask {
  public:

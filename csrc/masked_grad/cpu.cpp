@@ -27,18 +27,6 @@ struct MaskedGrad<T, uint8_t> {
   }
 };
 
-template <class M>
-struct AllInUnitInterval {  // false for NaN too
-  static FASTCL_HD bool run(const M* r, int64_t n) {
-    int32_t bad = 0;  // counted, not and-ed: gcc vectorises this
-    for (int64_t i = 0; i < n; ++i) {
-      const auto x = load(r + i);
-      bad += !(x >= 0) + !(x <= 1);
-    }
-    return bad == 0;
-  }
-};
-
 void check_range(const Addresses& reserved, const VirtualArray& all) {
   std::vector<int64_t> bad(all.chunks(), -1);
   all.for_each([&](size_t t, int64_t begin, int64_t end, int64_t chunk) {
