@@ -162,7 +162,8 @@ def generative() -> Iterator[Experiment]:
         ("DGMw", "dgm-w", {}, 3),
         ("DGMa", "dgm-a", {}, 3),
         ("MeRGAN, joint retraining", "mergan-joint", {}, 1),
-        ("MeRGAN, replay alignment", "mergan-align", {"strength": 0.1}, 1),
+        ("MeRGAN, replay alignment", "mergan-align", {}, 1),
+        ("MeRGAN, replay alignment", "mergan-align", {"strength": 0.1}, 1),  # its picture
         ("DGR (VAE)", "dgr", {}, 3),
         ("DGR (conditional VAE)", "dgr", {"generator": "cvae"}, 3),
         ("DGR (WGAN-GP)", "dgr", {"generator": "gan"}, 1),
