@@ -137,8 +137,8 @@ inline void prefetch(const void* at) {  // the line that will be written there; 
 #endif
 }
 
-inline void prefetch_later(
-    const void* at) {  // the line that will be read or written in a while: not into the first cache
+// The line that will be read or written in a while: not into the first cache.
+inline void prefetch_later(const void* at) {
 #ifdef __GNUC__
   __builtin_prefetch(at, 0, 2);
 #else
