@@ -99,7 +99,7 @@ struct Density {
   const int64_t width;
   std::unique_ptr<T[]> mean, inverse, constant, middle;
   std::vector<char> near;  // its mean[] is then (mu - middle) inverse
-  bool any_near = false;
+  bool any_near = false, any_far = true;
   Factors<T> factors;
 
   Density(const char* op, const Tensor& means, const Tensor& trils, Covariance covariance)
@@ -160,6 +160,7 @@ struct Density {
       for (int64_t i = 0; near[k] && i < features; ++i) mean[k * features + i] = static_cast<T>(scaled(k, i));
     }
     any_near = std::count(near.begin(), near.end(), 1) > 0;
+    any_far = std::count(near.begin(), near.end(), 0) > 0;
   }
 
   // body(logs, begin, samples) for every block of the rows of x; begin + samples is at most n. To `out`, a row of
@@ -168,14 +169,15 @@ struct Density {
   void for_each(const In* x, int64_t n, const In* out, const F& body) const {
     const int64_t work = width * components * features * (full ? 1 + features / 32 : 1);
     par_for(0, ceil_div(n, width), std::max<int64_t>(1, 131072 / work), [&](int64_t first, int64_t last) {
-      const Aligned<T> block = aligned<T>(features * width),
+      const Aligned<T> block = aligned<T>(any_far ? features * width : 0),
                        shifted = aligned<T>(full || any_near ? features * width : 0);
       const Aligned<T> logs = aligned<T>(components * width);
       for (int64_t b = first; b < last; ++b) {
         const int64_t begin = b * width, samples = std::min(width, n - begin);
-        for (int64_t j = 0; samples < width && j < features; ++j) std::fill_n(block.get() + j * width, width, T(0));
-        transpose(block.get(), width, x + begin * features, features, samples, features);
-        if (any_near) simd<Shift<T>>(shifted.get(), static_cast<const T*>(block.get()), middle.get(), features, width);
+        const In* rows = x + begin * features;
+        if (any_far) transpose(in_full(block.get(), samples), width, rows, features, samples, features);
+        if (any_near)
+          transpose_less(in_full(shifted.get(), samples), width, rows, features, samples, features, middle.get());
         Ahead ahead = after(x + (begin + samples) * features, std::min(width, n - begin - samples),
                             out + begin * components, samples);
         for (int64_t k = 0; k < components;)
@@ -183,6 +185,11 @@ struct Density {
         body(logs.get(), begin, samples);
       }
     });
+  }
+
+  T* in_full(T* block, int64_t samples) const {  // numbers also where there are no samples
+    if (samples < width) std::fill_n(block, features * width, T(0));
+    return block;
   }
 
   // The block that comes next and the rows to write. A few components leave no time to fetch them in.
