@@ -1,8 +1,12 @@
-// fastcl._C: what Python needs to know about the build. Kernels live in libfastcl.so, which knows no Python.
+// fastcl._C: what Python needs to know about the build, and of many tensors at once. Kernels live in libfastcl.so,
+// which knows no Python.
 #ifdef TORCH_TARGET_VERSION
 #undef TORCH_TARGET_VERSION  // torch 2.10-2.12 ship a pybind11 that refuses it
 #endif
 #include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
 
 #ifndef FASTCL_VERSION
 #define FASTCL_VERSION "unknown"
@@ -43,9 +47,63 @@ py::dict build_info() {
   return info;
 }
 
+// Of DLPack 1.2's C exchange API, which a tensor's type offers as `__dlpack_c_exchange_api__`: a tensor at a time,
+// without a Python object for any answer. Its layout is the standard's (dlpack.h); major versions may change it.
+struct DLTensor {
+  void* data;
+  int32_t device_type, device_id;
+  int32_t ndim;
+  uint8_t type_code, type_bits;
+  uint16_t type_lanes;
+  const int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+struct DLPackExchange {
+  uint32_t major, minor;
+  const void *older, *allocate, *managed_from_python, *managed_to_python;
+  int (*borrow_from_python)(void* object, DLTensor* out);
+  const void* current_stream;
+};
+
+constexpr const char* kExchange = "dlpack_exchange_api";
+
+const DLPackExchange* exchange_of(const py::object& api) {
+  return static_cast<const DLPackExchange*>(PyCapsule_GetPointer(api.ptr(), kExchange));
+}
+
+bool can_describe(const py::object& api) {
+  if (PyCapsule_IsValid(api.ptr(), kExchange) == 0) return false;
+  const DLPackExchange* exchange = exchange_of(api);
+  return exchange->major == 1 && exchange->minor >= 2 && exchange->borrow_from_python != nullptr;
+}
+
+template <class T>
+void append(std::string& to, const T* values, int64_t n) {
+  to.append(reinterpret_cast<const char*>(values), static_cast<size_t>(n) * sizeof(T));
+}
+
+py::tuple describe(const py::object& api, const py::list& tensors) {
+  if (!can_describe(api)) throw py::value_error("api is not one that can_describe");
+  const DLPackExchange* exchange = exchange_of(api);
+  std::string addresses, forms;
+  for (const py::handle tensor : tensors) {
+    DLTensor t{};
+    if (exchange->borrow_from_python(tensor.ptr(), &t) != 0) throw py::error_already_set();
+    const int64_t address = reinterpret_cast<int64_t>(t.data) + static_cast<int64_t>(t.byte_offset);
+    const int64_t form[] = {t.device_type, t.device_id, t.ndim, int64_t(t.type_code) << 8 | t.type_bits};
+    append(addresses, &address, 1);
+    append(forms, form, 4);
+    append(forms, t.shape, t.ndim);
+    append(forms, t.strides, t.ndim);
+  }
+  return py::make_tuple(py::bytes(addresses), py::bytes(forms));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
-  m.doc() = "Build facts of fastcl";
+  m.doc() = "Build facts of fastcl, and tensors' addresses";
   m.def("build_info", &build_info, "Compiler, torch headers and target, CPU features of this machine.");
+  m.def("can_describe", &can_describe, "Whether this is an exchange API that `describe` knows.");
+  m.def("describe", &describe, "The tensors' addresses as int64, and their devices, dtypes, shapes and strides.");
 }

@@ -32,12 +32,7 @@ def build_info() -> dict[str, Any]:
         "forced_cpu": os.environ.get("FASTCL_CPU"),
         "kernels": {name: "c++" if _ops.has_kernel(name, "CPU") else "reference" for name in sorted(_ops.catalogue)},
     }
-    try:
-        from . import _C  # type: ignore[attr-defined]
-    except ImportError:
-        info["extension"] = None  # kernels do not need it
-    else:
-        info["extension"] = _C.build_info()
+    info["extension"] = None if _ops.extension is None else _ops.extension.build_info()
     return info
 
 

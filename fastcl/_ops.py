@@ -7,6 +7,7 @@ autograd tracks.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
@@ -35,6 +36,10 @@ if not pure_python:
             "or set FASTCL_PURE_PYTHON=1 to run on the plain torch references"
         )
     torch.ops.load_library(str(LIBRARY))
+
+extension: ModuleType | None = None  # fastcl._C, of one Python version; kernels do not need it
+with contextlib.suppress(ImportError):
+    extension = importlib.import_module("fastcl._C")
 
 _library = torch.library.Library(NAMESPACE, "DEF")  # lives as long as the process: its ops go with it
 _BelowAutograd = torch._C._AutoDispatchBelowADInplaceOrView

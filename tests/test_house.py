@@ -120,7 +120,7 @@ HEAVY |= {"torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torch
 
 @pytest.mark.parametrize(
     ("what", "modules"),
-    [("fastcl", r"(_ops|ops(\..*)?)"), ("fastcl.methods, fastcl.streams, fastcl.metrics", r".*")],
+    [("fastcl", r"(_ops|_C|ops(\..*)?)"), ("fastcl.methods, fastcl.streams, fastcl.metrics", r".*")],
     ids=["fastcl", "everything"],
 )
 def test_import_is_light(what: str, modules: str) -> None:

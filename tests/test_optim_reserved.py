@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from fastcl import ops
+from fastcl.ops.masked_grad import plan as plans
 from fastcl.optim import MaskedAdam, MaskedSGD, protect
 
 from .test_optim import set_gradients
@@ -27,8 +29,45 @@ CHANGES: dict[str, Callable[[Any, Any], None]] = {
 }
 
 
+@pytest.fixture(params=["native", "python"])
+def describe(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Both ways to look at many tensors at once; the second is that of a torch without DLPack's exchange API."""
+    if request.param == "python":
+        monkeypatch.setattr(plans, "_describe", None)
+    elif plans._describe is None:
+        pytest.skip("this torch has no C exchange API, or there is no fastcl._C")
+    return plans.describe
+
+
+OTHERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "address": torch.clone,
+    "offset": lambda t: torch.cat([t, t])[1 : 1 + len(t)],
+    "shape": lambda t: t[:3],
+    "another shape of as many": lambda t: t.reshape(2, 12),
+    "strides": lambda t: t.as_strided((4, 6), (1, 4)),
+    "dtype": lambda t: t.view(torch.int32),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_what_is_different_is_described_differently(describe: Callable[..., Any], other: str) -> None:
+    t, same = torch.randn(4, 6), torch.ones(3)
+    addresses, forms = described = describe([same, t.requires_grad_()])
+    assert described == describe([same, t.detach()])
+    assert np.frombuffer(addresses, np.int64).tolist() == [same.data_ptr(), t.data_ptr()]
+    changed = describe([same, OTHERS[other](t.detach())])
+    assert changed != described
+    assert (changed[1] == forms) == (other in ("address", "offset"))
+
+
+@pytest.mark.parametrize("wrong", [None, torch.eye(3).to_sparse()], ids=["none", "sparse"])
+def test_what_has_no_address_is_refused(describe: Callable[..., Any], wrong: Any) -> None:
+    with pytest.raises((TypeError, RuntimeError)):
+        describe([torch.ones(3), wrong])
+
+
 @pytest.mark.parametrize("case", CHANGES)
-def test_a_plan_never_outlives_its_addresses(case: str) -> None:
+def test_a_plan_never_outlives_its_addresses(describe: Callable[..., Any], case: str) -> None:
     """Whatever is changed between two steps, the next is what torch would do."""
     results = []
     for kind in (MaskedAdam, torch.optim.Adam):

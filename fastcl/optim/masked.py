@@ -7,6 +7,7 @@ from itertools import chain, pairwise
 from operator import attrgetter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,8 +15,7 @@ from ..ops._state import check_optimizer
 from ..ops.masked_grad import plan as plans
 from .reserved import Mask, Reserved, read_masks, tensors_of
 
-_pointer, _stride = Tensor.data_ptr, Tensor.stride
-_numel, _dtype, _version = Tensor.numel, attrgetter("dtype"), attrgetter("_version")
+_version = attrgetter("_version")
 _NoneType = type(None)
 _increment_version = torch.autograd.graph.increment_version
 
@@ -236,31 +236,30 @@ class _Plan:
         self.known = self._of_optimizer(optimizer)
         self.params = [p for group in optimizer.param_groups for p in group["params"]]
         self.none = [p.grad is None for p in self.params]
-        grads = [p.grad for p in self.with_grad]
-        self.grad_forms = self._of_gradients(grads)
-        self.grad_pointers = [*map(_pointer, grads)]
-        self.plan.entries[:, plans.GRAD] = self.grad_pointers
+        self.grad_addresses, self.grad_forms = plans.describe([p.grad for p in self.with_grad])
+        self._take_gradients()
 
     def holds(self, optimizer: MaskedStep) -> bool:
         """Whether every address is still what it was; new addresses of gradients are taken over."""
-        if self._of_optimizer(optimizer) != self.known:
-            return False
-        grads = [p.grad for p in self.with_grad]
         try:
-            pointers = [*map(_pointer, grads)]
+            if self._of_optimizer(optimizer) != self.known:
+                return False
+            addresses, forms = plans.describe([p.grad for p in self.with_grad])
         except (TypeError, RuntimeError):  # None and sparse gradients have no address
             return False
-        if self._of_gradients(grads) != self.grad_forms:
+        if forms != self.grad_forms:
             return False
-        if len(grads) < len(self.none) and [p.grad is None for p in self.params] != self.none:
+        if len(self.with_grad) < len(self.none) and [p.grad is None for p in self.params] != self.none:
             return False
-        if pointers != self.grad_pointers:
-            self.grad_pointers = pointers
-            self.plan.entries[:, plans.GRAD] = pointers
+        if addresses != self.grad_addresses:
+            self.grad_addresses = addresses
+            self._take_gradients()
         return True
 
-    def _of_optimizer(self, optimizer: MaskedStep) -> tuple[list[Any], ...]:
-        # map() over C functions: at 200 tensors this is most of a step, and a generator would double it
+    def _take_gradients(self) -> None:
+        self.plan.entries[:, plans.GRAD] = np.frombuffer(self.grad_addresses, np.int64)
+
+    def _of_optimizer(self, optimizer: MaskedStep) -> tuple[Any, ...]:
         groups = optimizer.param_groups
         params = [p for group in groups for p in group["params"]]
         states = [*chain.from_iterable(map(dict.values, optimizer.state.values()))]
@@ -268,17 +267,11 @@ class _Plan:
             states = [t for t in states if t is not None]
         return (
             [*map(id, params)],
-            [*map(_pointer, params)],
-            [*map(_numel, params)],  # with the gradients' strides this shows any new view at the same address
             [(id(group), len(group["params"]), optimizer._used(group)) for group in groups],
             [*map(id, states)],
-            [*map(_pointer, states)],
+            plans.describe(params + states),
             [*map(_version, self.given)],
         )
-
-    @staticmethod
-    def _of_gradients(grads: list[Tensor]) -> tuple[list[Any], ...]:
-        return [*map(_stride, grads)], [*map(_dtype, grads)]
 
 
 def _refuse_overlap(name: str, tensors: list[Tensor]) -> None:
