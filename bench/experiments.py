@@ -161,9 +161,9 @@ def generative() -> Iterator[Experiment]:
     for label, method, options, seeds in (
         ("DGMw", "dgm-w", {}, 3),
         ("DGMa", "dgm-a", {}, 3),
-        ("MeRGAN, joint retraining", "mergan-joint", {}, 1),
+        ("MeRGAN, joint retraining", "mergan-joint", {}, 3),
         ("MeRGAN, replay alignment", "mergan-align", {}, 1),
-        ("MeRGAN, replay alignment", "mergan-align", {"strength": 0.1}, 1),  # its picture
+        ("MeRGAN, replay alignment, lambda .1", "mergan-align", {"strength": 0.1}, 3),
         ("DGR (VAE)", "dgr", {}, 3),
         ("DGR (conditional VAE)", "dgr", {"generator": "cvae"}, 3),
         ("DGR (WGAN-GP)", "dgr", {"generator": "gan"}, 1),

@@ -31,8 +31,8 @@ class MeRGAN(Generative):
     Args:
         model: the discriminator and classifier, with an output for every class of the stream.
         generator: conditional, with as many classes.
-        strength: lambda, of alignment; the paper's 1e-3 for MNIST, 1e-2 for SVHN. At the rate here 0.1 remembers more
-            (``bench/results/generative.md``: 89% of ten digits, not 46%).
+        strength: lambda, of alignment; the paper's 1e-3 for MNIST, 1e-2 for SVHN. With one class a task 0.1 remembers
+            more (``bench/results/generative.md``: 81% of ten digits, not 46%).
         critic_steps: of the discriminator for one of the generator; 5 in the paper.
         penalty: of the critic's gradient. betas: Adam's, of both networks.
         aligned: images of alignment in a step, shared by the earlier classes.
