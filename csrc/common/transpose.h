@@ -71,7 +71,7 @@ FASTCL_AVX2 inline void transpose_eight(float* to, int64_t to_stride, const floa
   _mm256_storeu_ps(to + 3 * to_stride, _mm256_shuffle_ps(b, e, 0xEE));
 }
 
-// Squares of them, of columns a multiple of 4; returns how many rows are done.
+// As many whole rows of such squares as there are, of columns a multiple of 4; returns how many rows are done.
 template <bool shifted>
 FASTCL_AVX512 inline int64_t transpose_avx512(float* to, int64_t to_stride, const float* from, int64_t from_stride,
                                               int64_t rows, int64_t columns, const float* minus) {

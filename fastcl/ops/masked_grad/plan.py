@@ -48,8 +48,8 @@ _exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 
 
 def describe_in_python(tensors: list[Tensor]) -> tuple[bytes, Any]:
-    """:func:`describe` where torch has no C exchange API, at four times the cost."""
-    # map() over C functions: a generator would double it
+    """:func:`describe` where torch has no C exchange API (before 2.11) or fastcl._C is missing: slower."""
+    # map() over C functions: a generator would double the time
     addresses = np.array([*map(Tensor.data_ptr, tensors)], np.int64).tobytes()
     return addresses, [[*map(of, tensors)] for of in _FORM]
 
