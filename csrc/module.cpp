@@ -5,8 +5,10 @@
 #endif
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #ifndef FASTCL_VERSION
 #define FASTCL_VERSION "unknown"
@@ -77,26 +79,31 @@ bool can_describe(const py::object& api) {
   return exchange->major == 1 && exchange->minor >= 2 && exchange->borrow_from_python != nullptr;
 }
 
-template <class T>
-void append(std::string& to, const T* values, int64_t n) {
-  to.append(reinterpret_cast<const char*>(values), static_cast<size_t>(n) * sizeof(T));
+py::bytes bytes_of(const std::vector<int64_t>& values) {
+  return {reinterpret_cast<const char*>(values.data()), values.size() * sizeof(int64_t)};
 }
 
-py::tuple describe(const py::object& api, const py::list& tensors) {
+py::object describe(const py::object& api, const py::list& tensors, const py::tuple& types) {
   if (!can_describe(api)) throw py::value_error("api is not one that can_describe");
-  const DLPackExchange* exchange = exchange_of(api);
-  std::string addresses, forms;
+  const auto borrow = exchange_of(api)->borrow_from_python;
+  std::vector<const void*> known;
+  for (const py::handle type : types) known.push_back(type.ptr());
+  std::vector<int64_t> addresses, forms, objects;
+  addresses.reserve(tensors.size());
+  objects.reserve(tensors.size());
+  forms.reserve(tensors.size() * 12);
   for (const py::handle tensor : tensors) {
+    const void* type = Py_TYPE(tensor.ptr());
+    if (!known.empty() && std::find(known.begin(), known.end(), type) == known.end()) return py::none();
     DLTensor t{};
-    if (exchange->borrow_from_python(tensor.ptr(), &t) != 0) throw py::error_already_set();
-    const int64_t address = reinterpret_cast<int64_t>(t.data) + static_cast<int64_t>(t.byte_offset);
-    const int64_t form[] = {t.device_type, t.device_id, t.ndim, int64_t(t.type_code) << 8 | t.type_bits};
-    append(addresses, &address, 1);
-    append(forms, form, 4);
-    append(forms, t.shape, t.ndim);
-    append(forms, t.strides, t.ndim);
+    if (borrow(tensor.ptr(), &t) != 0) throw py::error_already_set();
+    addresses.push_back(reinterpret_cast<int64_t>(t.data) + static_cast<int64_t>(t.byte_offset));
+    objects.push_back(reinterpret_cast<int64_t>(tensor.ptr()));
+    forms.insert(forms.end(), {t.device_type, t.device_id, t.ndim, int64_t(t.type_code) << 8 | t.type_bits});
+    forms.insert(forms.end(), t.shape, t.shape + t.ndim);
+    forms.insert(forms.end(), t.strides, t.strides + t.ndim);
   }
-  return py::make_tuple(py::bytes(addresses), py::bytes(forms));
+  return py::make_tuple(bytes_of(addresses), bytes_of(forms), bytes_of(objects));
 }
 
 }  // namespace
@@ -105,5 +112,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "Build facts of fastcl, and tensors' addresses";
   m.def("build_info", &build_info, "Compiler, torch headers and target, CPU features of this machine.");
   m.def("can_describe", &can_describe, "Whether this is an exchange API that `describe` knows.");
-  m.def("describe", &describe, "The tensors' addresses as int64, and their devices, dtypes, shapes and strides.");
+  m.def(
+      "describe", &describe,
+      "The tensors' addresses as int64; their devices, dtypes, shapes and strides; their ids. None where one is of no "
+      "exact type among `types`, unless that is empty.");
 }

@@ -205,7 +205,7 @@ def _guard(op: torch._ops.OpOverload, n_mutated: int) -> Callable[..., Any]:
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         tensors = [t for arg in args[:n_mutated] for t in ((arg,) if isinstance(arg, Tensor) else arg)]
         if torch.is_grad_enabled():
-            _refuse_tracked(op, tensors, args[n_mutated:])
+            refuse_tracked(op, tensors, args[n_mutated:])
         result = op.redispatch(keyset & _AFTER, *args)
         _increment_version(tensors)
         return result
@@ -213,7 +213,7 @@ def _guard(op: torch._ops.OpOverload, n_mutated: int) -> Callable[..., Any]:
     return kernel
 
 
-def _refuse_tracked(op: torch._ops.OpOverload, mutated: Sequence[Tensor], args: Sequence[Any]) -> None:
+def refuse_tracked(op: torch._ops.OpOverload, mutated: Sequence[Tensor], args: Sequence[Any]) -> None:
     for tensor in filter(_requires_grad, mutated):
         kind = "leaf" if tensor.is_leaf else "result"
         raise RuntimeError(
@@ -269,7 +269,7 @@ def call_in_place(
     try:
         tensors = (mutated,) if isinstance(mutated, Tensor) else (*mutated, *also)
         if torch.is_grad_enabled():
-            _refuse_tracked(op, tensors, args)
+            refuse_tracked(op, tensors, args)
         with _BelowAutograd():
             result = op(mutated, *args)
     except (RuntimeError, AttributeError, TypeError) as error:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastcl import ops
-from fastcl.ops.masked_grad import plan as plans
+from fastcl.ops import _direct
 from fastcl.optim import MaskedAdam, MaskedSGD, protect
 
 from .test_optim import set_gradients
@@ -33,10 +33,10 @@ CHANGES: dict[str, Callable[[Any, Any], None]] = {
 def describe(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Both ways to look at many tensors at once; the second is that of a torch without DLPack's exchange API."""
     if request.param == "python":
-        monkeypatch.setattr(plans, "_describe", None)
-    elif plans._describe is None:
+        monkeypatch.setattr(_direct, "_describe", None)
+    elif _direct._describe is None:
         pytest.skip("this torch has no C exchange API, or there is no fastcl._C")
-    return plans.describe
+    return _direct.describe
 
 
 OTHERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -3,6 +3,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "ranges.h"
+
 namespace fastcl {
 
 namespace {
@@ -109,12 +111,6 @@ void check_lengths(size_t n, size_t expected, const char* op, const char* name, 
                expected);
 }
 
-namespace {
-
-struct Range {
-  const char *begin, *end;
-};
-
 size_t element_size(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Double:
@@ -132,6 +128,8 @@ size_t element_size(ScalarType dtype) {
   }
 }
 
+namespace {
+
 Range range_of(const Tensor& t) {
   const char* begin = static_cast<const char*>(t.const_data_ptr());
   const auto sizes = t.sizes(), strides = t.strides();
@@ -147,28 +145,17 @@ Range range_of(const Tensor& t) {
 
 void check_distinct(const Tensors& outputs, const std::vector<const Tensors*>& inputs, const char* op,
                     const char* output_name, const std::vector<const char*>& input_names) {
-  // Sorted by address, an overlap with a mutated range shows between neighbours: O(n log n), not O(n^2).
-  std::vector<std::pair<Range, size_t>> ranges;
-  ranges.reserve(outputs.size());
-  for (size_t i = 0; i < outputs.size(); ++i) {
-    const Range r = range_of(outputs[i]);
-    if (r.begin != r.end) ranges.push_back({r, i});
-  }
-  std::sort(ranges.begin(), ranges.end(), [](const auto& a, const auto& b) { return a.first.begin < b.first.begin; });
-  for (size_t k = 1; k < ranges.size(); ++k)
-    FASTCL_CHECK(ranges[k - 1].first.end <= ranges[k].first.begin, op, ": ", item(output_name, ranges[k].second),
-                 " shares memory with ", item(output_name, ranges[k - 1].second), ": each must have its own");
+  Written written;
+  for (size_t i = 0; i < outputs.size(); ++i) written.add(range_of(outputs[i]), i);
+  written.sort();
+  if (const auto both = written.overlap())
+    fail(op, ": ", item(output_name, both->first), " shares memory with ", item(output_name, both->second),
+         ": each must have its own");
   for (size_t list = 0; list < inputs.size(); ++list)
-    for (size_t i = 0; i < inputs[list]->size(); ++i) {
-      const Range r = range_of((*inputs[list])[i]);
-      if (r.begin == r.end) continue;
-      auto after = std::upper_bound(ranges.begin(), ranges.end(), r.end - 1,
-                                    [](const char* p, const auto& entry) { return p < entry.first.begin; });
-      if (after == ranges.begin()) continue;
-      --after;
-      FASTCL_CHECK(after->first.end <= r.begin, op, ": ", item(input_names[list], i), " shares memory with ",
-                   item(output_name, after->second), ", which is written");
-    }
+    for (size_t i = 0; i < inputs[list]->size(); ++i)
+      if (const auto other = written.overlap(range_of((*inputs[list])[i])))
+        fail(op, ": ", item(input_names[list], i), " shares memory with ", item(output_name, *other),
+             ", which is written");
 }
 
 Tensor in_layout_of(const Tensor& t, const Tensor& like) {

@@ -40,6 +40,13 @@
 #define FASTCL_INDEPENDENT
 #endif
 
+// Four iterations at a time: where another thread takes half of the core's decoding, the loop's own steps count.
+#if defined(__GNUC__)
+#define FASTCL_UNROLLED _Pragma("GCC unroll 4")
+#else
+#define FASTCL_UNROLLED
+#endif
+
 // The loop that follows stays a loop: gcc unrolls one of few iterations wholly, and then stores everything twice.
 #if defined(__GNUC__) && !defined(__clang__)
 #define FASTCL_ROLLED _Pragma("GCC unroll 1")
@@ -132,6 +139,14 @@ Aligned<T> aligned(int64_t n) {
 inline void prefetch(const void* at) {  // the line that will be written there; only a hint
 #ifdef __GNUC__
   __builtin_prefetch(at, 1);
+#else
+  (void)at;
+#endif
+}
+
+inline void prefetch_read(const void* at) {
+#ifdef __GNUC__
+  __builtin_prefetch(at);
 #else
   (void)at;
 #endif
@@ -239,6 +254,7 @@ auto dispatch_float(ScalarType dtype, const char* op, Name name, F f) {
 
 // ---- lists of tensors as one virtual array ----
 
+size_t element_size(ScalarType dtype);
 bool is_dense(const Tensor& t);                                 // non-overlapping, no gaps
 bool same_layout(const Tensor& a, const Tensor& b);             // element k in memory is the same index in both
 void check_output(const Tensor& t, const char* op, Name name);  // CPU, strided, no self-overlap
@@ -274,6 +290,15 @@ class Addresses {
     for (size_t i = 0; i < tensors.size(); ++i)
       if (!same_layout(tensors[i], like.tensor(i))) result.replace(i, in_layout_of(tensors[i], like.tensor(i)));
     return result;
+  }
+
+  Addresses(const int64_t* addresses, const int64_t* dtypes, size_t n) : tensors_(nullptr) {  // without handles
+    data_.reserve(n);
+    dtypes_.reserve(n);
+    for (size_t i = 0; i < n; ++i) {
+      data_.push_back(reinterpret_cast<void*>(addresses[i]));
+      dtypes_.push_back(static_cast<ScalarType>(dtypes[i]));
+    }
   }
 
   template <class T>

@@ -2,6 +2,7 @@
 // takes |.|^power of each one's block before it sums them, without the per-sample block ever leaving the registers.
 // Operands are packed in panels, or are rows as they lie; a left one that is a lower triangle is gone through at once.
 #pragma once
+#include "cpu.h"
 #include "lanes.h"
 #include "math.h"
 
@@ -32,6 +33,7 @@ struct Tile {
                               int64_t positions) {
     for (int o = 0; o < MR; ++o)
       for (int v = 0; v < VECTORS; ++v) dw[o][v] = Vector{};
+    FASTCL_UNROLLED
     for (int64_t p = 0; p < positions; ++p, g += ldg, a += lda) {
       Vector row[VECTORS];
       for (int v = 0; v < VECTORS; ++v) row[v] = *reinterpret_cast<const Vector*>(a + v * WIDTH);
@@ -42,6 +44,8 @@ struct Tile {
 
   template <Reduce reduce>
   static FASTCL_HD void sum_samples(const T* g, const T* a, T* out, int64_t ldo, int64_t samples, int64_t positions) {
+    for (int o = 0; o < MR; ++o)
+      for (int v = 0; v < VECTORS; ++v) prefetch(out + o * ldo + v * WIDTH);
     Vector total[MR][VECTORS] = {};  // stays in L1; touched once per sample
     for (int64_t n = 0; n < samples; ++n) {
       Vector dw[MR][VECTORS];

@@ -22,6 +22,8 @@ Operand samples_of(Operand operand, int64_t first, int64_t last) {
   return operand;
 }
 
+constexpr int64_t kAhead = 8;  // rows fetched before they are packed
+
 // Panel: rows x width values, zero beyond `features`; |.|^power applied here when the product factorises (0: not).
 template <class T, class In, int power>
 struct PackPanel {
@@ -31,13 +33,19 @@ struct PackPanel {
                             int64_t width) {
     const int64_t used = from->features - feature < width ? from->features - feature : width;
     const In* base = static_cast<const In*>(from->data) + feature * from->feature_stride;
-    const int64_t fs = from->feature_stride, ps = from->position_stride;
-    int64_t n = row_begin / from->positions, p = row_begin % from->positions;
+    const bool one = from->positions == 1;  // then a sample is a position
+    const int64_t positions = one ? row_end : from->positions;
+    const int64_t fs = from->feature_stride, ps = one ? from->sample_stride : from->position_stride;
+    int64_t n = row_begin / positions, p = row_begin % positions;
     for (int64_t row = row_begin; row < row_end;) {
-      const int64_t run = row_end - row < from->positions - p ? row_end - row : from->positions - p;
+      const int64_t run = row_end - row < positions - p ? row_end - row : positions - p;
       const In* x = base + n * from->sample_stride + p * ps;
       if (fs == 1) {
-        for (int64_t r = 0; r < run; ++r) copy_features(panel + r * width, x + r * ps, 1, used, width);
+        for (int64_t r = 0; r < run; ++r) {  // a row's few lines lie apart from the next one's: the CPU doesn't see it
+          const char* later = reinterpret_cast<const char*>(x) + (r + kAhead) * ps * static_cast<int64_t>(sizeof(In));
+          for (size_t byte = 0; byte < used * sizeof(In); byte += 64) prefetch_read(later + byte);
+          copy_features(panel + r * width, x + r * ps, 1, used, width);
+        }
       } else if (ps == 1) {  // positions are neighbours in memory: read along them
         for (int64_t k = 0; k < used; ++k)
           for (int64_t r = 0; r < run; ++r) panel[r * width + k] = raised(static_cast<T>(load(x + k * fs + r)));
@@ -88,8 +96,8 @@ void multiply(T* out, const Block<T>& block, const PackA& pack_a) {
   const int64_t splits = std::min(g_panels, ceil_div(8, a_panels * block.groups));
   const int64_t work = block.rows * tile.nr * ceil_div(g_panels, splits) * tile.mr;
   par_for(0, block.groups * a_panels * splits, std::max<int64_t>(1, 500000 / work), [&](int64_t first, int64_t last) {
-    std::unique_ptr<T[]> a_packed(new T[block.rows * tile.nr + 16]);  // packing may write past a row
-    std::unique_ptr<T[]> edge(new T[tile.mr * tile.nr]);
+    const Aligned<T> a_packed = aligned<T>(block.rows * tile.nr + 16);  // packing may write past a row
+    const Aligned<T> edge = aligned<T>(tile.mr * tile.nr);
     int64_t packed = -1;
     for (int64_t task = first; task < last; ++task) {
       const int64_t split = task % splits, panel = task / splits, group = panel / a_panels;

@@ -3,131 +3,17 @@
 #include <cmath>
 #include <limits>
 
-#include "../common/cpu.h"
+#include "../common/direct.h"
+#include "lists.h"
 #include "math.h"
 
 namespace fastcl {
 namespace {
 
-// A list's dtype: the parameters' own; the one their arithmetic is in (float32, or float64 for float64); or the one
-// importances are stored in (the parameters', float32 or bfloat16).
-enum class Kind { value, sum, stored };
-
-struct List {
-  const char* name;
-  const Tensors* tensors;
-  Kind kind;
-  bool written;
-};
-
-// The lists of one call, checked, in the memory order of the first.
-class Lists {
- public:
-  Lists(const char* op, std::vector<List> lists) : op_(op), lists_(std::move(lists)) {
-    const List& first = lists_[0];
-    Tensors written;
-    std::vector<const Tensors*> read;
-    std::vector<const char*> read_names;
-    for (const List& list : lists_) {
-      check_lengths(list.tensors->size(), first.tensors->size(), op, list.name, first.name);
-      for (size_t i = 0; i < list.tensors->size(); ++i) check_tensor(list, i);
-      if (list.written) {
-        written.insert(written.end(), list.tensors->begin(), list.tensors->end());
-      } else {
-        read.push_back(list.tensors);
-        read_names.push_back(list.name);
-      }
-    }
-    check_distinct(written, read, op, "written lists", read_names);
-    addresses_.push_back(Addresses::outputs(*first.tensors));
-    for (size_t l = 1; l < lists_.size(); ++l)
-      addresses_.push_back(Addresses::inputs(*lists_[l].tensors, addresses_[0]));
-    for (const Tensor& t : *first.tensors) all_.add(t.numel());
-  }
-
-  template <class T>
-  T* at(size_t list, size_t t, int64_t begin) const {
-    return addresses_[list].at<T>(t, begin);
-  }
-  ScalarType dtype(size_t list, size_t t) const { return addresses_[list].dtype(t); }
-  int64_t chunks() const { return all_.chunks(); }
-
-  // f(T{}, tensor, begin, n, chunk), T being the dtype of the first list.
-  template <class F>
-  void for_each(const F& f) const {
-    all_.for_each([&](size_t t, int64_t begin, int64_t end, int64_t chunk) {
-      dispatch_float(dtype(0, t), op_, lists_[0].name, [&](auto type) { f(type, t, begin, end - begin, chunk); });
-    });
-  }
-
-  // The same for lists of importances: f(T{}, S{}, ...), S being the dtype that `list` is stored in.
-  template <class F>
-  void for_each_stored(size_t list, const F& f) const {
-    for_each([&](auto type, size_t t, int64_t begin, int64_t n, int64_t chunk) {
-      const ScalarType stored = dtype(list, t);
-      if (stored == ScalarType::BFloat16) return f(type, BFloat16{}, t, begin, n, chunk);
-      if (stored == ScalarType::Float) return f(type, float{}, t, begin, n, chunk);
-      f(type, type, t, begin, n, chunk);
-    });
-  }
-
-  // Raises, naming the tensor, if valid(chunk's arguments as for for_each_stored) is false anywhere.
-  template <class F>
-  void require(size_t list, const char* name, const char* what, const F& valid) const {
-    std::vector<int64_t> bad(chunks(), -1);
-    for_each_stored(list, [&](auto type, auto stored, size_t t, int64_t begin, int64_t n, int64_t chunk) {
-      if (!valid(type, stored, t, begin, n)) bad[chunk] = static_cast<int64_t>(t);
-    });
-    for (int64_t t : bad) FASTCL_CHECK(t < 0, op_, ": ", item(name, static_cast<size_t>(t)), what);
-  }
-
-  // Writes back what was worked on in copies.
-  void finish() {
-    if (lists_[0].written) addresses_[0].finish();
-    for (size_t l = 1; l < lists_.size(); ++l) {
-      if (!lists_[l].written) continue;
-      for (size_t i = 0; i < lists_[l].tensors->size(); ++i) {
-        Tensor original = (*lists_[l].tensors)[i];
-        if (static_cast<const void*>(at<char>(l, i, 0)) != original.const_data_ptr())
-          torch::stable::copy_(original, addresses_[l].tensor(i));
-      }
-    }
-  }
-
- private:
-  void check_tensor(const List& list, size_t i) const {
-    const Tensor &t = (*list.tensors)[i], &first = (*lists_[0].tensors)[i];
-    const Name name = item(list.name, i), first_name = item(lists_[0].name, i);
-    if (list.written) check_output(t, op_, name);
-    if (&list == &lists_[0]) {
-      FASTCL_CHECK(t.is_cpu(), op_, ": ", name, " must be a CPU tensor");
-      dispatch_float(t.scalar_type(), op_, name, [](auto) {});
-      FASTCL_CHECK(
-          list.kind == Kind::value || t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double,
-          op_, ": ", name, " must be float32 or float64, the types that sums are kept in");
-      return;
-    }
-    check_like(t, first, op_, name, first_name);
-    const ScalarType own = t.scalar_type(), of_first = first.scalar_type();
-    const ScalarType sum = of_first == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-    if (list.kind == Kind::value) check_same_dtype(t, first, op_, name, first_name);
-    if (list.kind == Kind::sum)
-      FASTCL_CHECK(own == sum, op_, ": ", name, " must be ", sum == ScalarType::Double ? "float64" : "float32",
-                   ", the type that sums for ", first_name, " are kept in");
-    if (list.kind == Kind::stored)
-      FASTCL_CHECK(own == of_first || own == ScalarType::Float || own == ScalarType::BFloat16, op_, ": ", name,
-                   " must have the dtype of ", first_name, ", float32 or bfloat16");
-  }
-
-  const char* op_;
-  std::vector<List> lists_;
-  std::vector<Addresses> addresses_;
-  VirtualArray all_;
-};
+bool is_share(double value) { return std::isfinite(value) && value >= 0; }
 
 void check_share(const char* op, const char* name, double value) {
-  FASTCL_CHECK(std::isfinite(value) && value >= 0, op, ": ", name, " is ", value,
-               " but must be finite and not negative");
+  FASTCL_CHECK(is_share(value), op, ": ", name, " is ", value, " but must be finite and not negative");
 }
 
 void check_positive(const char* op, const char* name, double value) {
@@ -145,18 +31,24 @@ struct PathStep {
   }
 };
 
-void accumulate_path_(const Tensors& omegas, const Tensors& grads, const Tensors& params, const Tensors& before) {
-  Lists lists("accumulate_path_", {{"params", &params, Kind::value, false},
-                                   {"omegas", &omegas, Kind::sum, true},
-                                   {"grads", &grads, Kind::value, false},
-                                   {"before", &before, Kind::value, false}});
+void add_path(const Lists& lists) {  // params, omegas, grads, before
   lists.for_each([&](auto type, size_t t, int64_t begin, int64_t n, int64_t) {
     using T = decltype(type);
     simd<PathStep<T>>(lists.at<arithmetic_t<T>>(1, t, begin), lists.at<const T>(2, t, begin),
                       lists.at<const T>(0, t, begin), lists.at<const T>(3, t, begin), n);
   });
+}
+
+void accumulate_path_(const Tensors& omegas, const Tensors& grads, const Tensors& params, const Tensors& before) {
+  Lists lists("accumulate_path_", {{"params", &params, Kind::value, false},
+                                   {"omegas", &omegas, Kind::sum, true},
+                                   {"grads", &grads, Kind::value, false},
+                                   {"before", &before, Kind::value, false}});
+  add_path(lists);
   lists.finish();
 }
+
+bool is_weight(double alpha) { return alpha > 0 && alpha <= 1; }
 
 template <class T>
 struct WalkStep {
@@ -174,16 +66,7 @@ struct WalkStep {
   }
 };
 
-void accumulate_walk_(const Tensors& fishers, const Tensors& gains, const Tensors& moved, const Tensors& grads,
-                      const Tensors& params, const Tensors& before, double alpha) {
-  const char* op = "accumulate_walk_";
-  FASTCL_CHECK(alpha > 0 && alpha <= 1, op, ": alpha is ", alpha, " but must lie in (0, 1]");
-  Lists lists(op, {{"params", &params, Kind::value, false},
-                   {"fishers", &fishers, Kind::sum, true},
-                   {"gains", &gains, Kind::sum, true},
-                   {"moved", &moved, Kind::sum, true},
-                   {"grads", &grads, Kind::value, false},
-                   {"before", &before, Kind::value, false}});
+void add_walk(const Lists& lists, double alpha) {  // params, fishers, gains, moved, grads, before
   lists.for_each([&](auto type, size_t t, int64_t begin, int64_t n, int64_t) {
     using T = decltype(type);
     using A = arithmetic_t<T>;
@@ -191,6 +74,19 @@ void accumulate_walk_(const Tensors& fishers, const Tensors& gains, const Tensor
                       lists.at<const T>(4, t, begin), lists.at<const T>(0, t, begin), lists.at<const T>(5, t, begin),
                       alpha, n);
   });
+}
+
+void accumulate_walk_(const Tensors& fishers, const Tensors& gains, const Tensors& moved, const Tensors& grads,
+                      const Tensors& params, const Tensors& before, double alpha) {
+  const char* op = "accumulate_walk_";
+  FASTCL_CHECK(is_weight(alpha), op, ": alpha is ", alpha, " but must lie in (0, 1]");
+  Lists lists(op, {{"params", &params, Kind::value, false},
+                   {"fishers", &fishers, Kind::sum, true},
+                   {"gains", &gains, Kind::sum, true},
+                   {"moved", &moved, Kind::sum, true},
+                   {"grads", &grads, Kind::value, false},
+                   {"before", &before, Kind::value, false}});
+  add_walk(lists, alpha);
   lists.finish();
 }
 
@@ -300,20 +196,27 @@ struct AllFinite {
 
 constexpr const char* kNotFinite = " has NaN, infinite or negative values";
 
-void merge_importances_(const Tensors& importances, const Tensors& fresh, double old_share, double fresh_share) {
-  const char* op = "merge_importances_";
-  check_share(op, "old_share", old_share);
-  check_share(op, "fresh_share", fresh_share);
-  Lists lists(op, {{"fresh", &fresh, Kind::sum, false}, {"importances", &importances, Kind::stored, true}});
-  lists.require(1, "fresh", kNotFinite, [&](auto type, auto, size_t t, int64_t begin, int64_t n) {
+int64_t merge(const Lists& lists, double old_share, double fresh_share) {  // fresh, importances; what is wrong, or -1
+  const int64_t bad = lists.first_invalid(1, [&](auto type, auto, size_t t, int64_t begin, int64_t n) {
     using A = arithmetic_t<decltype(type)>;
     return simd<AllFinite<A>>(lists.at<const A>(0, t, begin), n);
   });
+  if (bad >= 0) return bad;
   lists.for_each_stored(1, [&](auto type, auto stored, size_t t, int64_t begin, int64_t n, int64_t) {
     using A = arithmetic_t<decltype(type)>;
     using S = decltype(stored);
     simd<Merge<S, A>>(lists.at<S>(1, t, begin), lists.at<const A>(0, t, begin), old_share, fresh_share, n);
   });
+  return -1;
+}
+
+void merge_importances_(const Tensors& importances, const Tensors& fresh, double old_share, double fresh_share) {
+  const char* op = "merge_importances_";
+  check_share(op, "old_share", old_share);
+  check_share(op, "fresh_share", fresh_share);
+  Lists lists(op, {{"fresh", &fresh, Kind::sum, false}, {"importances", &importances, Kind::stored, true}});
+  const int64_t bad = merge(lists, old_share, fresh_share);
+  FASTCL_CHECK(bad < 0, op, ": ", item("fresh", static_cast<size_t>(bad)), kNotFinite);
   lists.finish();
 }
 
@@ -376,3 +279,26 @@ STABLE_TORCH_LIBRARY_IMPL(FASTCL_NS, CPU, m) {
 }
 
 }  // namespace fastcl
+
+extern "C" {
+FASTCL_EXPORT int64_t direct_accumulate_path_(const int64_t* addresses, const fastcl::DirectLists* lists,
+                                              int64_t same) {
+  const fastcl::Direct direct(addresses, *lists, same);
+  if (!direct.apart()) return 1;
+  fastcl::add_path(fastcl::Lists("accumulate_path_", direct, {2, 0, 1, 3}));
+  return 0;
+}
+FASTCL_EXPORT int64_t direct_accumulate_walk_(const int64_t* addresses, const fastcl::DirectLists* lists, int64_t same,
+                                              double alpha) {
+  const fastcl::Direct direct(addresses, *lists, same);
+  if (!direct.apart() || !fastcl::is_weight(alpha)) return 1;
+  fastcl::add_walk(fastcl::Lists("accumulate_walk_", direct, {4, 0, 1, 2, 3, 5}), alpha);
+  return 0;
+}
+FASTCL_EXPORT int64_t direct_merge_importances_(const int64_t* addresses, const fastcl::DirectLists* lists,
+                                                int64_t same, double old_share, double fresh_share) {
+  const fastcl::Direct direct(addresses, *lists, same);
+  if (!direct.apart() || !fastcl::is_share(old_share) || !fastcl::is_share(fresh_share)) return 1;
+  return fastcl::merge(fastcl::Lists("merge_importances_", direct, {1, 0}), old_share, fresh_share) >= 0;
+}
+}

@@ -1,3 +1,4 @@
+#include "../common/direct.h"
 #include "../common/masks.h"
 #include "forms.h"
 #include "math.h"
@@ -27,10 +28,11 @@ struct MaskedGrad<T, uint8_t> {
   }
 };
 
-void check_range(const Addresses& reserved, const VirtualArray& all) {
+// The first mask with values outside [0, 1] or NaN, or -1.
+int64_t out_of_range(const Addresses& reserved, const VirtualArray& all) {
   std::vector<int64_t> bad(all.chunks(), -1);
   all.for_each([&](size_t t, int64_t begin, int64_t end, int64_t chunk) {
-    if (reserved.dtype(t) == ScalarType::Bool) return;
+    if (!is_floating(reserved.dtype(t))) return;
     dispatch_float(reserved.dtype(t), kOp, "reserved", [&](auto type) {
       using M = decltype(type);
       if (!simd<AllInUnitInterval<M>>(reserved.at<const M>(t, begin), end - begin))
@@ -38,7 +40,26 @@ void check_range(const Addresses& reserved, const VirtualArray& all) {
     });
   });
   for (int64_t t : bad)
-    FASTCL_CHECK(t < 0, kOp, ": ", item("reserved", static_cast<size_t>(t)), " has values outside [0, 1] or NaN");
+    if (t >= 0) return t;
+  return -1;
+}
+
+void multiply(const Addresses& grads, const Addresses& masks, const VirtualArray& all) {
+  all.for_each([&](size_t t, int64_t begin, int64_t end, int64_t) {
+    dispatch_float(grads.dtype(t), kOp, "grads", [&](auto type) {
+      using T = decltype(type);
+      T* g = grads.at<T>(t, begin);
+      const ScalarType mask = masks.dtype(t);
+      if (mask == ScalarType::Bool)
+        return simd<MaskedGrad<T, uint8_t>>(g, masks.at<const uint8_t>(t, begin), end - begin);
+      if (mask == ScalarType::Byte)
+        return simd<ShareGradient<T>>(g, MaskView{MaskKind::packed, masks.at<const uint8_t>(t, 0)}, begin, end - begin);
+      dispatch_float(mask, kOp, "reserved", [&](auto mask_type) {
+        using M = decltype(mask_type);
+        simd<MaskedGrad<T, M>>(g, masks.at<const M>(t, begin), end - begin);
+      });
+    });
+  });
 }
 
 void masked_grad_(const Tensors& grads, const Tensors& reserved) {
@@ -61,21 +82,10 @@ void masked_grad_(const Tensors& grads, const Tensors& reserved) {
   const Addresses masks = Addresses::inputs(reserved, outputs);
   VirtualArray all;
   for (const Tensor& g : grads) all.add(g.numel());
-  if (any_float) check_range(masks, all);
-  all.for_each([&](size_t t, int64_t begin, int64_t end, int64_t) {
-    dispatch_float(outputs.dtype(t), kOp, "grads", [&](auto type) {
-      using T = decltype(type);
-      T* g = outputs.at<T>(t, begin);
-      if (masks.dtype(t) == ScalarType::Bool) {
-        simd<MaskedGrad<T, uint8_t>>(g, masks.at<const uint8_t>(t, begin), end - begin);
-        return;
-      }
-      dispatch_float(masks.dtype(t), kOp, "reserved", [&](auto mask_type) {
-        using M = decltype(mask_type);
-        simd<MaskedGrad<T, M>>(g, masks.at<const M>(t, begin), end - begin);
-      });
-    });
-  });
+  if (any_float)
+    if (const int64_t bad = out_of_range(masks, all); bad >= 0)
+      fail(kOp, ": ", item("reserved", static_cast<size_t>(bad)), " has values outside [0, 1] or NaN");
+  multiply(outputs, masks, all);
   outputs.finish();
 }
 
@@ -84,3 +94,17 @@ void masked_grad_(const Tensors& grads, const Tensors& reserved) {
 STABLE_TORCH_LIBRARY_IMPL(FASTCL_NS, CPU, m) { m.impl("masked_grad_", TORCH_BOX(&masked_grad_)); }
 
 }  // namespace fastcl
+
+extern "C" FASTCL_EXPORT int64_t direct_masked_grad_(const int64_t* addresses, const fastcl::DirectLists* lists,
+                                                     int64_t same) {
+  using namespace fastcl;
+  const Direct direct(addresses, *lists, same);
+  if (!direct.apart()) return 1;
+  const Addresses grads = direct.list(0), masks = direct.list(1);
+  const VirtualArray all = direct.elements();
+  bool any_float = false;
+  for (size_t i = 0; i < direct.size(); ++i) any_float |= is_floating(masks.dtype(i));
+  if (any_float && out_of_range(masks, all) >= 0) return 1;
+  multiply(grads, masks, all);
+  return 0;
+}

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..ops import _direct as direct
 from ..ops._state import check_optimizer
 from ..ops.masked_grad import plan as plans
 from .reserved import Mask, Reserved, read_masks, tensors_of
@@ -213,9 +214,9 @@ class _Plan:
             for item in items:
                 p = item.param
                 tensors = [*item.tensors(), p.grad]
-                if not all(plans.is_plain(t) and t.stride() == p.stride() for t in tensors):
+                if not all(direct.is_plain(t) and t.stride() == p.stride() for t in tensors):
                     return False
-                if item.step is not None and not plans.is_plain(item.step):
+                if item.step is not None and not direct.is_plain(item.step):
                     return False
         return True
 
@@ -236,7 +237,7 @@ class _Plan:
         self.known = self._of_optimizer(optimizer)
         self.params = [p for group in optimizer.param_groups for p in group["params"]]
         self.none = [p.grad is None for p in self.params]
-        self.grad_addresses, self.grad_forms = plans.describe([p.grad for p in self.with_grad])
+        self.grad_addresses, self.grad_forms = direct.describe([p.grad for p in self.with_grad])
         self._take_gradients()
 
     def holds(self, optimizer: MaskedStep) -> bool:
@@ -244,7 +245,7 @@ class _Plan:
         try:
             if self._of_optimizer(optimizer) != self.known:
                 return False
-            addresses, forms = plans.describe([p.grad for p in self.with_grad])
+            addresses, forms = direct.describe([p.grad for p in self.with_grad])
         except (TypeError, RuntimeError):  # None and sparse gradients have no address
             return False
         if forms != self.grad_forms:
@@ -269,7 +270,7 @@ class _Plan:
             [*map(id, params)],
             [(id(group), len(group["params"]), optimizer._used(group)) for group in groups],
             [*map(id, states)],
-            plans.describe(params + states),
+            direct.describe(params + states),
             [*map(_version, self.given)],
         )
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from ..._ops import call_in_place, define
+from .._direct import Direct
 from . import reference
 
 _accumulate_path_ = define(
@@ -18,6 +21,7 @@ _accumulate_walk_ = define(
     "Tensor[] before, float alpha) -> ()",
     reference.accumulate_walk_,
 )
+_direct_accumulate_path_ = Direct(_accumulate_path_, 4, 1, partial(call_in_place, _accumulate_path_))
 _score_walk_ = define(
     "score_walk_(Tensor(a!)[] scores, Tensor(b!)[] gains, Tensor(c!)[] moved, Tensor[] fishers, float epsilon) -> ()",
     reference.score_walk_,
@@ -31,6 +35,7 @@ _merge_importances_ = define(
     "merge_importances_(Tensor(a!)[] importances, Tensor[] fresh, float old_share, float fresh_share) -> ()",
     reference.merge_importances_,
 )
+_direct_merge_importances_ = Direct(_merge_importances_, 2, 1, partial(call_in_place, _merge_importances_))
 _merge_anchored_ = define(
     "merge_anchored_(Tensor(a!)[] importances, Tensor(b!)[] anchors, Tensor[] fresh, Tensor[] params) -> Tensor",
     reference.merge_anchored_,
@@ -60,7 +65,7 @@ def accumulate_path_(
         >>> fastcl.ops.accumulate_path_([w], [g], [p], [b]); w
         tensor([2.])
     """
-    call_in_place(_accumulate_path_, omegas, grads, params, before)
+    _direct_accumulate_path_(omegas, grads, params, before)
 
 
 def accumulate_walk_(
@@ -93,7 +98,14 @@ def accumulate_walk_(
         >>> fastcl.ops.accumulate_walk_([f], [gain], [moved], [g], [p], [b], alpha=0.5); f, gain, moved
         (tensor([2.]), tensor([2.]), tensor([-1.]))
     """
-    call_in_place(_accumulate_walk_, fishers, gains, moved, grads, params, before, alpha, also=(*gains, *moved))
+    _direct_accumulate_walk_(fishers, gains, moved, grads, params, before, alpha)
+
+
+def _dispatched_accumulate_walk_(fishers: Any, gains: Any, moved: Any, *rest: Any) -> None:
+    call_in_place(_accumulate_walk_, fishers, gains, moved, *rest, also=(*gains, *moved))
+
+
+_direct_accumulate_walk_ = Direct(_accumulate_walk_, 6, 3, _dispatched_accumulate_walk_)
 
 
 def score_walk_(
@@ -179,7 +191,7 @@ def merge_importances_(
         >>> f = torch.ones(1); fastcl.ops.merge_importances_([f], [torch.tensor([2.0])], old_share=0.5); f
         tensor([2.5000])
     """
-    call_in_place(_merge_importances_, importances, fresh, old_share, fresh_share)
+    _direct_merge_importances_(importances, fresh, old_share, fresh_share)
 
 
 def merge_anchored_(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..._ops import call, call_in_place, define, not_differentiable
+from .._direct import Direct
 from . import reference
 
 _masked_grad_ = define("masked_grad_(Tensor(a!)[] grads, Tensor[] reserved) -> ()", reference.masked_grad_)
@@ -52,11 +53,17 @@ def masked_grad_(grads: Sequence[Tensor], reserved: Sequence[Tensor]) -> None:
         >>> g = torch.tensor([1.0, 2.0]); fastcl.ops.masked_grad_([g], [torch.tensor([True, False])]); g
         tensor([0., 2.])
     """
+    _direct_masked_grad_(grads, reserved)
+
+
+def _dispatched_masked_grad_(grads: Sequence[Tensor], reserved: Sequence[Tensor]) -> None:
     if isinstance(reserved, (list, tuple)) and tuple in map(type, reserved):
         pairs = [r if type(r) is tuple else (r, r.new_empty(0)) for r in reserved]
-        masked_grad_any_(grads, [rows for rows, _ in pairs], [columns for _, columns in pairs])
-        return
-    call_in_place(_masked_grad_, grads, reserved)
+        return masked_grad_any_(grads, [rows for rows, _ in pairs], [columns for _, columns in pairs])
+    return call_in_place(_masked_grad_, grads, reserved)
+
+
+_direct_masked_grad_ = Direct(_masked_grad_, n_lists=2, n_mutated=1, otherwise=_dispatched_masked_grad_)
 
 
 def masked_grad_any_(grads: Sequence[Tensor], reserved: Sequence[Tensor], columns: Sequence[Tensor]) -> None:

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from operator import attrgetter
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..._ops import LIBRARY, extension, pure_python
+from .._direct import library
 
 # struct StepEntry of csrc/masked_grad/steps.h: int64 throughout
 PARAM, GRAD, STATE, STEP, MASK, INNER, KIND, ROW, NUMEL, DTYPE, WIDE_STEP, FIRST, WIDTH = 0, 1, 2, *range(5, 15)
@@ -34,47 +32,12 @@ class AdamOptions(ctypes.Structure):
     _fields_ += [(name, ctypes.c_int64) for name in ("decoupled", "maximize")]
 
 
-available = not pure_python
-if available:
-    _library = ctypes.CDLL(str(LIBRARY))  # the handle that is loaded already
-    _sgd, _adam = _library.masked_sgd_entries, _library.masked_adam_entries
+available = library is not None
+if library is not None:
+    _sgd, _adam = library.masked_sgd_entries, library.masked_adam_entries
     for function in (_sgd, _adam):
         function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
         function.restype = None
-
-
-_FORM = [attrgetter(name) for name in ("device", "dtype", "shape")] + [Tensor.stride]
-_exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-
-
-def describe_in_python(tensors: list[Tensor]) -> tuple[bytes, Any]:
-    """:func:`describe` where torch has no C exchange API (before 2.11) or fastcl._C is missing: slower."""
-    # map() over C functions: a generator would double the time
-    addresses = np.array([*map(Tensor.data_ptr, tensors)], np.int64).tobytes()
-    return addresses, [[*map(of, tensors)] for of in _FORM]
-
-
-_describe = extension.describe if extension is not None and extension.can_describe(_exchange) else None
-
-
-def describe(tensors: list[Tensor]) -> tuple[bytes, Any]:
-    """The tensors' addresses as int64, and what compares equal where device, dtype, shape and strides are.
-
-    Raises:
-        TypeError, RuntimeError: one of them is None, or has no address (sparse).
-    """
-    return describe_in_python(tensors) if _describe is None else _describe(_exchange, tensors)
-
-
-def is_plain(t: Tensor) -> bool:
-    """A strided CPU tensor without gaps, not a subclass with other storage (DTensor)."""
-    return (
-        t.layout == torch.strided
-        and t.device.type == "cpu"
-        and type(t) in (Tensor, torch.nn.Parameter)
-        and not isinstance(t, torch._subclasses.FakeTensor)
-        and torch.ops.aten.is_non_overlapping_and_dense.default(t)
-    )
 
 
 class Plan:
