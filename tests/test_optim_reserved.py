@@ -52,11 +52,13 @@ OTHERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 @pytest.mark.parametrize("other", OTHERS)
 def test_what_is_different_is_described_differently(describe: Callable[..., Any], other: str) -> None:
     t, same = torch.randn(4, 6), torch.ones(3)
-    addresses, forms = described = describe([same, t.requires_grad_()])
-    assert described == describe([same, t.detach()])
+    addresses, forms, objects = described = describe([same, t.requires_grad_()])
+    assert described == describe([same, t])
+    assert (addresses, forms) == (other_object := describe([same, t.detach()]))[:2]
+    assert objects != other_object[2]
     assert np.frombuffer(addresses, np.int64).tolist() == [same.data_ptr(), t.data_ptr()]
     changed = describe([same, OTHERS[other](t.detach())])
-    assert changed != described
+    assert changed[:2] != described[:2]
     assert (changed[1] == forms) == (other in ("address", "offset"))
 
 

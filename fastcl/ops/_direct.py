@@ -34,20 +34,21 @@ _modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack,
 _profiling = torch.autograd._profiler_enabled
 
 
-def describe_in_python(tensors: list[Tensor]) -> tuple[bytes, Any]:
+def describe_in_python(tensors: list[Tensor]) -> tuple[bytes, Any, Any]:
     """:func:`describe` where torch has no C exchange API (before 2.11) or fastcl._C is missing: slower."""
     # map() over C functions: a generator would double the time
     addresses = np.array([*map(Tensor.data_ptr, tensors)], np.int64).tobytes()
-    return addresses, [[*map(of, tensors)] for of in _FORM]
+    return addresses, [[*map(of, tensors)] for of in _FORM], [*map(id, tensors)]
 
 
-def describe(tensors: list[Tensor]) -> tuple[bytes, Any]:
-    """The tensors' addresses as int64, and what compares equal where device, dtype, shape and strides are.
+def describe(tensors: list[Tensor]) -> tuple[bytes, Any, Any]:
+    """The tensors' addresses as int64, and what compares equal where device, dtype, shape and strides are, where ids
+    are.
 
     Raises:
         TypeError, RuntimeError: one of them is None, or has no address (sparse).
     """
-    return describe_in_python(tensors) if _describe is None else _describe(_exchange, tensors, ())[:2]
+    return describe_in_python(tensors) if _describe is None else _describe(_exchange, tensors, ())
 
 
 def is_plain(t: Tensor) -> bool:

@@ -17,7 +17,6 @@ from ..ops.masked_grad import plan as plans
 from .reserved import Mask, Reserved, read_masks, tensors_of
 
 _version = attrgetter("_version")
-_NoneType = type(None)
 _increment_version = torch.autograd.graph.increment_version
 
 
@@ -237,7 +236,7 @@ class _Plan:
         self.known = self._of_optimizer(optimizer)
         self.params = [p for group in optimizer.param_groups for p in group["params"]]
         self.none = [p.grad is None for p in self.params]
-        self.grad_addresses, self.grad_forms = direct.describe([p.grad for p in self.with_grad])
+        self.grad_addresses, self.grad_forms, _ = direct.describe([p.grad for p in self.with_grad])
         self._take_gradients()
 
     def holds(self, optimizer: MaskedStep) -> bool:
@@ -245,7 +244,7 @@ class _Plan:
         try:
             if self._of_optimizer(optimizer) != self.known:
                 return False
-            addresses, forms = direct.describe([p.grad for p in self.with_grad])
+            addresses, forms, _ = direct.describe([p.grad for p in self.with_grad])
         except (TypeError, RuntimeError):  # None and sparse gradients have no address
             return False
         if forms != self.grad_forms:
@@ -264,13 +263,13 @@ class _Plan:
         groups = optimizer.param_groups
         params = [p for group in groups for p in group["params"]]
         states = [*chain.from_iterable(map(dict.values, optimizer.state.values()))]
-        if _NoneType in map(type, states):
-            states = [t for t in states if t is not None]
+        try:
+            described = direct.describe(params + states)
+        except TypeError:  # a state may be None
+            described = direct.describe(params + [t for t in states if t is not None])
         return (
-            [*map(id, params)],
             [(id(group), len(group["params"]), optimizer._used(group)) for group in groups],
-            [*map(id, states)],
-            direct.describe(params + states),
+            described,
             [*map(_version, self.given)],
         )
 
