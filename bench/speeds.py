@@ -46,11 +46,11 @@ ROWS = [
         "fisher[MLP 0.5M-contiguous]",
         [PLAIN, BACKPACK, ("torch.func", "torch.func, chunks of 16")],
     ),
-    ("`MaskedAdam` step, bool mask, 9.9M", "masked.md", "masked_step[DCGAN-9.9M-Adam]", [EAGER_ADAM, FUSED_ADAM]),
-    ("the same, 200 tensors of 16", "masked.md", "masked_step[200-tiny-tensors-Adam]", [EAGER_ADAM, FUSED_ADAM]),
+    ("`MaskedAdam` step, bool mask, 9.9M", "cpu.md", "masked_step[DCGAN-9.9M-Adam]", [EAGER_ADAM, FUSED_ADAM]),
+    ("the same, 200 tensors of 16", "cpu.md", "masked_step[200-tiny-tensors-Adam]", [EAGER_ADAM, FUSED_ADAM]),
     (
         "`masked_grad_`, bool mask, 9.9M",
-        "masked.md",
+        "cpu.md",
         "masked_grad[DCGAN-9.9M-bool]",
         [
             ("(1 - m) * g", "loop (1 - m) * g"),
@@ -59,13 +59,13 @@ ROWS = [
     ),
     (
         "`masked_weight` forward + backward, 10M",
-        "masked.md",
+        "cpu.md",
         "masked_weight[10000000]",
         [("eager", "eager"), COMPILED],
     ),
     (
         "`gmm_sample`, K = 10, D = 32, full",
-        "mixtures.md",
+        "cpu.md",
         "sampling[full-K=10-D=32]",
         [
             ("eager GEMMs", "eager, bucketed GEMMs"),
@@ -75,17 +75,17 @@ ROWS = [
     ),
     (
         "`gmm_log_prob`, K = 10, D = 32",
-        "mixtures.md",
+        "cpu.md",
         "log_prob[full-K=10-D=32]",
         [("eager GEMMs", "eager GEMMs"), ("`MultivariateNormal`", "MultivariateNormal.log_prob")],
     ),
     (
         "EM iteration, K = 10, D = 32, full",
-        "mixtures.md",
+        "cpu.md",
         "em_iteration[full-K=10-D=32]",
         [("scikit-learn", "scikit-learn"), ("pomegranate", "pomegranate")],
     ),
-    ("a whole DGM step, one-class digits", "methods.md", "dgm_step[6-whole]", [("plain torch", "plain torch")]),
+    ("a whole DGM step, one-class digits", "cpu.md", "dgm_step[6-whole]", [("plain torch", "plain torch")]),
 ]
 
 
