@@ -144,7 +144,7 @@ def draw(path: Path) -> None:
         return re.sub(r"\*(\w+)\*", r"\1", markdown.replace("`", ""))
 
     figure, axis = plt.subplots(figsize=(8.6, 6.2), layout="constrained")
-    y, head, ticks, largest = 0.0, "", [], 1.0
+    y, head, ticks, largest, least = 0.0, "", [], 1.0, 0.8
     for what, name, case, contenders in ROWS:
         if not what.startswith("the same, "):  # which says nothing without the row above
             head = what.rpartition(", ")[0]
@@ -153,10 +153,10 @@ def draw(path: Path) -> None:
             ratio = read(name)[case][2][there]
             axis.barh(y, ratio - 1, left=1, height=0.8, color="#2a7f62" if ratio >= 1 else "#c0563f")
             axis.text(max(ratio, 1) * 1.04, y, f"{plain(shown)}  {short(ratio)}", va="center", fontsize=7.5)
-            y, largest = y + 1, max(largest, ratio)
+            y, largest, least = y + 1, max(largest, ratio), min(least, ratio)
         y += 0.5
     axis.axvline(1, color="black", linewidth=0.8)
-    axis.set(xscale="log", xlim=(0.75, 3.2 * largest), ylim=(y - 0.8, -0.7))
+    axis.set(xscale="log", xlim=(0.93 * least, 3.2 * largest), ylim=(y - 0.8, -0.7))
     axis.set_yticks([at for at, _ in ticks], [what for _, what in ticks], fontsize=8)
     axis.tick_params(axis="y", length=0)
     times = [t for t in (1, 2, 5, 10, 20, 50, 100, 200) if t <= largest]
