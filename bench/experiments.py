@@ -344,8 +344,8 @@ def main() -> None:
 
 def table(name: str, experiments: list[Experiment], done: dict[str, dict[str, Any]]) -> str:
     first = 100 if name == "strengths" else 0
-    versions = next(iter(done.values()))["versions"] if done else {}
-    described = ", ".join(f"{k} {v}" for k, v in versions.items())
+    versions = {", ".join(f"{k} {v}" for k, v in line["versions"].items()) for line in done.values()}
+    described = "; some: ".join(sorted(versions))
     text = [
         f"# {name}",
         "",

@@ -48,7 +48,7 @@ void accumulate_path_(const Tensors& omegas, const Tensors& grads, const Tensors
   lists.finish();
 }
 
-bool is_weight(double alpha) { return alpha > 0 && alpha <= 1; }
+bool is_alpha(double alpha) { return alpha > 0 && alpha <= 1; }
 
 template <class T>
 struct WalkStep {
@@ -79,7 +79,7 @@ void add_walk(const Lists& lists, double alpha) {  // params, fishers, gains, mo
 void accumulate_walk_(const Tensors& fishers, const Tensors& gains, const Tensors& moved, const Tensors& grads,
                       const Tensors& params, const Tensors& before, double alpha) {
   const char* op = "accumulate_walk_";
-  FASTCL_CHECK(is_weight(alpha), op, ": alpha is ", alpha, " but must lie in (0, 1]");
+  FASTCL_CHECK(is_alpha(alpha), op, ": alpha is ", alpha, " but must lie in (0, 1]");
   Lists lists(op, {{"params", &params, Kind::value, false},
                    {"fishers", &fishers, Kind::sum, true},
                    {"gains", &gains, Kind::sum, true},
@@ -291,7 +291,7 @@ FASTCL_EXPORT int64_t direct_accumulate_path_(const int64_t* addresses, const fa
 FASTCL_EXPORT int64_t direct_accumulate_walk_(const int64_t* addresses, const fastcl::DirectLists* lists, int64_t same,
                                               double alpha) {
   const fastcl::Direct direct(addresses, *lists, same);
-  if (!direct.apart() || !fastcl::is_weight(alpha)) return 1;
+  if (!direct.apart() || !fastcl::is_alpha(alpha)) return 1;
   fastcl::add_walk(fastcl::Lists("accumulate_walk_", direct, {4, 0, 1, 2, 3, 5}), alpha);
   return 0;
 }

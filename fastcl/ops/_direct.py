@@ -1,5 +1,5 @@
-"""In-place list ops on plain CPU tensors, straight in the library: what the dispatcher costs a tensor (0.6 us) is more
-than the work on a small one.
+"""In-place list ops on plain CPU tensors, straight in the library: what the dispatcher costs a tensor is more than the
+work on a small one (`pytest bench/bench_masked_grad.py -k 200-tiny`).
 
 What a call's checks look at, besides values, is its tensors' form: devices, dtypes, shapes, strides. A call of a form
 that has passed the op's own checks goes to an entry of csrc/common/direct.h by addresses, which looks at what is left:
@@ -42,8 +42,7 @@ def describe_in_python(tensors: list[Tensor]) -> tuple[bytes, Any, Any]:
 
 
 def describe(tensors: list[Tensor]) -> tuple[bytes, Any, Any]:
-    """The tensors' addresses as int64, and what compares equal where device, dtype, shape and strides are, where ids
-    are.
+    """The tensors' addresses as int64, what compares equal where device, dtype, shape and strides do, and their ids.
 
     Raises:
         TypeError, RuntimeError: one of them is None, or has no address (sparse).

@@ -16,12 +16,14 @@ _accumulate_path_ = define(
     "accumulate_path_(Tensor(a!)[] omegas, Tensor[] grads, Tensor[] params, Tensor[] before) -> ()",
     reference.accumulate_path_,
 )
+_direct_accumulate_path_ = Direct(
+    _accumulate_path_, n_lists=4, n_mutated=1, otherwise=partial(call_in_place, _accumulate_path_)
+)
 _accumulate_walk_ = define(
     "accumulate_walk_(Tensor(a!)[] fishers, Tensor(b!)[] gains, Tensor(c!)[] moved, Tensor[] grads, Tensor[] params, "
     "Tensor[] before, float alpha) -> ()",
     reference.accumulate_walk_,
 )
-_direct_accumulate_path_ = Direct(_accumulate_path_, 4, 1, partial(call_in_place, _accumulate_path_))
 _score_walk_ = define(
     "score_walk_(Tensor(a!)[] scores, Tensor(b!)[] gains, Tensor(c!)[] moved, Tensor[] fishers, float epsilon) -> ()",
     reference.score_walk_,
@@ -35,7 +37,9 @@ _merge_importances_ = define(
     "merge_importances_(Tensor(a!)[] importances, Tensor[] fresh, float old_share, float fresh_share) -> ()",
     reference.merge_importances_,
 )
-_direct_merge_importances_ = Direct(_merge_importances_, 2, 1, partial(call_in_place, _merge_importances_))
+_direct_merge_importances_ = Direct(
+    _merge_importances_, n_lists=2, n_mutated=1, otherwise=partial(call_in_place, _merge_importances_)
+)
 _merge_anchored_ = define(
     "merge_anchored_(Tensor(a!)[] importances, Tensor(b!)[] anchors, Tensor[] fresh, Tensor[] params) -> Tensor",
     reference.merge_anchored_,
@@ -105,7 +109,7 @@ def _dispatched_accumulate_walk_(fishers: Any, gains: Any, moved: Any, *rest: An
     call_in_place(_accumulate_walk_, fishers, gains, moved, *rest, also=(*gains, *moved))
 
 
-_direct_accumulate_walk_ = Direct(_accumulate_walk_, 6, 3, _dispatched_accumulate_walk_)
+_direct_accumulate_walk_ = Direct(_accumulate_walk_, n_lists=6, n_mutated=3, otherwise=_dispatched_accumulate_walk_)
 
 
 def score_walk_(
