@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastcl import ops, streams
-from fastcl.methods import HAT, DGMw
+from fastcl.methods import HAT, DGMw, MeRGANJoint
 from fastcl.nn import class_loss, crop, frozen
 from fastcl.ops._chwn import conv
 
@@ -125,6 +125,43 @@ def test_dgm_step(contest: Callable, device: torch.device, width: int, part: str
         for a, b in zip(*found, strict=True):
             # Adam's first step is the gradient's sign: where rounding decides it, weights differ by a whole step
             assert ((a - b).abs() > 1e-4).float().mean() < 0.02
+
+    contest(contenders, check)
+
+
+@pytest.mark.parametrize("width", [16, 24, 32, 40, 64])
+def test_precision(contest: Callable, device: torch.device, width: int) -> None:
+    """A whole step of MeRGAN's joint retraining in its second task; "fastcl" is `auto`, as fastcl.nn.mixed picks."""
+    images, labels = torch.rand(64, 1, 28, 28).to(device), torch.zeros(64, dtype=torch.int64, device=device)
+    tasks = tuple(
+        streams.Task(t, (t,), lambda t=t: (images, labels + t), lambda t=t: (images, labels + t)) for t in range(2)
+    )
+    stream = streams.Stream("drawn", "split", "class", tasks, 2, (1, 28, 28), 0)
+
+    def step(precision: str, layout: torch.memory_format = torch.contiguous_format) -> Callable[[], float]:
+        options = {"width": width, "discriminator_width": width, "finish": 0, "epochs": 100}
+        learner = MeRGANJoint.build(stream, precision=precision, **options)
+        learner.model.to(device, memory_format=layout)
+        torch.manual_seed(0)
+        learner.begin_task(tasks[0])
+        learner.observe(images, labels)
+        learner.end_task([(images, labels)])
+        learner.begin_task(tasks[1])
+        return lambda: learner.observe(images, labels + 1)
+
+    contenders = {
+        "fastcl": step("auto"),
+        "float32": step("float32"),
+        "bfloat16": step("bfloat16"),
+        "bfloat16, channels_last": step("bfloat16", torch.channels_last),
+    }
+
+    def check(contenders: dict[str, Callable[[], float]]) -> None:
+        losses = []
+        for call in contenders.values():
+            torch.manual_seed(1)
+            losses.append(call())
+        assert max(losses) - min(losses) < 0.1 * max(losses)  # of the class head: it is another precision
 
     contest(contenders, check)
 

@@ -283,7 +283,7 @@ class Generative(Method):
 
     def mixed(self) -> torch.autocast:
         """Around the losses of generator and critic."""
-        return mixed(next(self.model.parameters()).device, self.precision)
+        return mixed(next(self.model.parameters()).device, self.precision, self.model)
 
     def generate(self, n: int) -> tuple[Tensor, Tensor]:
         """n images in [0, 1] of what was seen so far, and the output unit that each is meant to be [n]."""

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 PRECISIONS = ("auto", "float32", "bfloat16")
+# On a CPU autocast's copies, and torch's convolutions instead of those with the batch last, cost more than AMX saves below
+# so many pairs of channels: `pytest bench/bench_methods.py -k precision`.
+WIDE = 10_000
 
 
 def check_precision(precision: str) -> str:
@@ -29,12 +33,24 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return bool(amx is not None and amx())
 
 
-def mixed(device: torch.device, precision: str = "auto") -> torch.autocast:
+def is_wide(network: nn.Module) -> bool:
+    """Whether one of its convolutions has at least WIDE pairs of channels.
+
+    Example:
+        >>> is_wide(nn.Conv2d(64, 128, 5)), is_wide(nn.Conv2d(80, 160, 5))
+        (False, True)
+    """
+    return any(p.dim() > 2 and p.shape[0] * p.shape[1] >= WIDE for p in network.parameters())
+
+
+def mixed(device: torch.device, precision: str = "auto", network: nn.Module | None = None) -> torch.autocast:
     """A context whose convolutions and products run in bfloat16; parameters, losses and optimizers stay float32.
 
     Args:
         device: on which the step runs.
-        precision: ``auto``, bfloat16 where :func:`has_fast_bfloat16` says so; ``float32``, never; ``bfloat16``, always.
+        precision: ``auto``, bfloat16 where :func:`has_fast_bfloat16` says so, on a CPU only if :func:`is_wide` does
+            too; ``float32``, never; ``bfloat16``, always.
+        network: what most of the step's time goes to; None: taken as wide.
 
     Raises:
         ValueError: another precision.
@@ -43,5 +59,7 @@ def mixed(device: torch.device, precision: str = "auto") -> torch.autocast:
         >>> with mixed(torch.device("cpu"), "bfloat16"): (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
         torch.bfloat16
     """
-    wanted = check_precision(precision) == "bfloat16" or (precision == "auto" and has_fast_bfloat16(device))
+    wanted = check_precision(precision) == "bfloat16"
+    if precision == "auto":
+        wanted = has_fast_bfloat16(device) and (device.type != "cpu" or network is None or is_wide(network))
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted)

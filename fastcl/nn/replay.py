@@ -116,7 +116,7 @@ class Replay:
         parts = [(share, x, y), (1 - share, *old)] if old is not None else [(1.0, x, y)]
         for loss in self._losses():
             self.optimizer.zero_grad()
-            with mixed(x.device, self.precision):
+            with mixed(x.device, self.precision, self.generator):
                 total = torch.stack([weight * loss(images, classes) for weight, images, classes in parts]).sum()
             total.backward()
             self.optimizer.step()

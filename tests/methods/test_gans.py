@@ -174,3 +174,15 @@ def test_mergan_joint_takes_its_snapshot_s_images_for_real(monkeypatch: pytest.M
     x, y = STREAM.tasks[1].train()
     learner.observe(x[:20], y[:20])
     assert calls == [40]
+
+
+@pytest.mark.parametrize(("width", "precision", "wanted"), [
+    (16, "auto", False), (80, "auto", True), (16, "bfloat16", True), (80, "float32", False),
+])  # fmt: skip
+def test_on_a_cpu_only_wide_convolutions_change_precision(
+    monkeypatch: pytest.MonkeyPatch, width: int, precision: str, wanted: bool
+) -> None:
+    monkeypatch.setattr("fastcl.nn.precision.has_fast_bfloat16", lambda device: True)  # a CPU with AMX
+    learner = METHODS["mergan-joint"].build(STREAM, **{**GAN, "discriminator_width": width}, precision=precision)
+    with learner.mixed():
+        assert torch.is_autocast_enabled("cpu") == wanted
