@@ -79,31 +79,69 @@ bool can_describe(const py::object& api) {
   return exchange->major == 1 && exchange->minor >= 2 && exchange->borrow_from_python != nullptr;
 }
 
-py::bytes bytes_of(const std::vector<int64_t>& values) {
-  return {reinterpret_cast<const char*>(values.data()), values.size() * sizeof(int64_t)};
-}
+// Whether a tensor requires grad, past the attribute's lookup by name.
+class RequiresGrad {
+ public:
+  explicit RequiresGrad(const py::object& descriptor) {
+    if (!Py_IS_TYPE(descriptor.ptr(), &PyGetSetDescr_Type)) throw py::type_error("requires_grad must be a descriptor");
+    descriptor_ = reinterpret_cast<PyGetSetDescrObject*>(descriptor.ptr());
+  }
+  bool of(const py::handle tensor) const {
+    const auto* get = descriptor_->d_getset;
+    const auto found = py::reinterpret_steal<py::object>(get->get(tensor.ptr(), get->closure));
+    if (!found) throw py::error_already_set();
+    return found.ptr() == Py_True;
+  }
 
-py::object describe(const py::object& api, const py::list& tensors, const py::tuple& types) {
+ private:
+  PyGetSetDescrObject* descriptor_;
+};
+
+// Numbers written where a bytes object will hold them.
+struct Numbers {
+  py::bytes bytes;
+  int64_t* to;
+  explicit Numbers(size_t n)
+      : bytes(py::reinterpret_steal<py::bytes>(PyBytes_FromStringAndSize(nullptr, Py_ssize_t(n * sizeof(int64_t))))),
+        to(reinterpret_cast<int64_t*>(PyBytes_AS_STRING(bytes.ptr()))) {}
+};
+
+py::tuple describe(const py::object& api, const py::list& tensors) {
   if (!can_describe(api)) throw py::value_error("api is not one that can_describe");
   const auto borrow = exchange_of(api)->borrow_from_python;
-  std::vector<const void*> known;
-  for (const py::handle type : types) known.push_back(type.ptr());
-  std::vector<int64_t> addresses, forms, objects;
-  addresses.reserve(tensors.size());
-  objects.reserve(tensors.size());
-  forms.reserve(tensors.size() * 12);
+  Numbers addresses(tensors.size()), objects(tensors.size());
+  std::vector<int64_t> forms(tensors.size() * 12);
+  size_t used = 0;
   for (const py::handle tensor : tensors) {
-    const void* type = Py_TYPE(tensor.ptr());
-    if (!known.empty() && std::find(known.begin(), known.end(), type) == known.end()) return py::none();
     DLTensor t{};
     if (borrow(tensor.ptr(), &t) != 0) throw py::error_already_set();
-    addresses.push_back(reinterpret_cast<int64_t>(t.data) + static_cast<int64_t>(t.byte_offset));
-    objects.push_back(reinterpret_cast<int64_t>(tensor.ptr()));
-    forms.insert(forms.end(), {t.device_type, t.device_id, t.ndim, int64_t(t.type_code) << 8 | t.type_bits});
-    forms.insert(forms.end(), t.shape, t.shape + t.ndim);
-    forms.insert(forms.end(), t.strides, t.strides + t.ndim);
+    *addresses.to++ = reinterpret_cast<int64_t>(t.data) + static_cast<int64_t>(t.byte_offset);
+    *objects.to++ = reinterpret_cast<int64_t>(tensor.ptr());
+    if (used + 4 + 2 * size_t(t.ndim) > forms.size()) forms.resize(2 * forms.size() + 2 * size_t(t.ndim));
+    int64_t* form = forms.data() + used;
+    *form++ = t.device_type;
+    *form++ = t.device_id;
+    *form++ = t.ndim;
+    *form++ = int64_t(t.type_code) << 8 | t.type_bits;
+    for (int32_t d = 0; d < t.ndim; ++d) *form++ = t.shape[d];
+    for (int32_t d = 0; d < t.ndim; ++d) *form++ = t.strides[d];
+    used += 4 + 2 * size_t(t.ndim);
   }
-  return py::make_tuple(bytes_of(addresses), bytes_of(forms), bytes_of(objects));
+  return py::make_tuple(addresses.bytes, py::bytes(reinterpret_cast<const char*>(forms.data()), used * sizeof(int64_t)),
+                        objects.bytes);
+}
+
+// None where a tensor is of no exact type among `types`, or one of the first `n` requires grad.
+py::object describe_plain(const py::object& api, const py::list& tensors, const py::tuple& types,
+                          const py::object& requires_grad, size_t n) {
+  const RequiresGrad tracked(requires_grad);
+  for (const py::handle tensor : tensors) {
+    const auto is = [&](const py::handle type) { return reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr())) == type.ptr(); };
+    if (std::none_of(types.begin(), types.end(), is)) return py::none();
+    if (n > 0 && tracked.of(tensor)) return py::none();
+    n -= n > 0;
+  }
+  return describe(api, tensors);
 }
 
 }  // namespace
@@ -112,8 +150,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "Build facts of fastcl, and tensors' addresses";
   m.def("build_info", &build_info, "Compiler, torch headers and target, CPU features of this machine.");
   m.def("can_describe", &can_describe, "Whether this is an exchange API that `describe` knows.");
-  m.def(
-      "describe", &describe,
-      "The tensors' addresses as int64; their devices, dtypes, shapes and strides; their ids. None where one is of no "
-      "exact type among `types`, unless that is empty.");
+  m.def("describe", &describe, "The tensors' addresses as int64; their devices, dtypes, shapes and strides; their ids.");
+  m.def("describe_plain", &describe_plain,
+        "The same, or None where one is of no exact type among `types`, or one of the first n requires grad.");
 }

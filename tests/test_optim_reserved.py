@@ -33,8 +33,8 @@ CHANGES: dict[str, Callable[[Any, Any], None]] = {
 def describe(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Both ways to look at many tensors at once; the second is that of a torch without DLPack's exchange API."""
     if request.param == "python":
-        monkeypatch.setattr(_direct, "_describe", None)
-    elif _direct._describe is None:
+        monkeypatch.setattr(_direct, "_describes", False)
+    elif not _direct._describes:
         pytest.skip("this torch has no C exchange API, or there is no fastcl._C")
     return _direct.describe
 

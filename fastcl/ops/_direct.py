@@ -28,7 +28,8 @@ library = None if pure_python else ctypes.CDLL(str(LIBRARY))  # the handle that 
 
 _FORM = [attrgetter(name) for name in ("device", "dtype", "shape")] + [Tensor.stride]
 _exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-_describe = extension.describe if extension is not None and extension.can_describe(_exchange) else None
+_describes = extension is not None and extension.can_describe(_exchange)
+_requires_grad = torch._C.TensorBase.__dict__["requires_grad"]
 _transforming = torch._C._are_functorch_transforms_active
 _modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack, torch._C._get_tracing_state
 _profiling = torch.autograd._profiler_enabled
@@ -47,7 +48,7 @@ def describe(tensors: list[Tensor]) -> tuple[bytes, Any, Any]:
     Raises:
         TypeError, RuntimeError: one of them is None, or has no address (sparse).
     """
-    return describe_in_python(tensors) if _describe is None else _describe(_exchange, tensors, ())
+    return extension.describe(_exchange, tensors) if _describes else describe_in_python(tensors)
 
 
 def is_plain(t: Tensor) -> bool:
@@ -111,7 +112,7 @@ class Direct:
         return None
 
     def _described(self, lists: Sequence[Any]) -> tuple[bytes, Any, bytes] | None:
-        if _describe is None or library is None or torch.compiler.is_compiling():
+        if not _describes or library is None or torch.compiler.is_compiling():
             return None
         if _transforming() or any(mode() for mode in _modes) or _profiling():
             return None
@@ -121,7 +122,8 @@ class Direct:
                 return None
             tensors += one
         try:
-            return _describe(_exchange, tensors, PLAIN) if tensors else None
+            n = len(lists[0]) * self.n_mutated if torch.is_grad_enabled() else 0
+            return extension.describe_plain(_exchange, tensors, PLAIN, _requires_grad, n) if tensors else None
         except (RuntimeError, TypeError, BufferError):  # sparse, or no tensor
             return None
 
@@ -129,7 +131,7 @@ class Direct:
         mutated = [t for tensors in args[: self.n_mutated] for t in tensors]
         floating = [args[i] for i in known.floating]
         if torch.is_grad_enabled():
-            refuse_tracked(self.op, mutated, floating[self.n_mutated :])
+            refuse_tracked(self.op, (), floating[self.n_mutated :])
         same, numbers = which == known.last, args[self.n_lists :]
         if not same and any(any(map(Tensor.is_neg, tensors)) for tensors in floating):
             return False  # memory holds minus what the tensor says
