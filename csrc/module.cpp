@@ -136,7 +136,9 @@ py::object describe_plain(const py::object& api, const py::list& tensors, const 
                           const py::object& requires_grad, size_t n) {
   const RequiresGrad tracked(requires_grad);
   for (const py::handle tensor : tensors) {
-    const auto is = [&](const py::handle type) { return reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr())) == type.ptr(); };
+    const auto is = [&](const py::handle type) {
+      return reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr())) == type.ptr();
+    };
     if (std::none_of(types.begin(), types.end(), is)) return py::none();
     if (n > 0 && tracked.of(tensor)) return py::none();
     n -= n > 0;
@@ -150,7 +152,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "Build facts of fastcl, and tensors' addresses";
   m.def("build_info", &build_info, "Compiler, torch headers and target, CPU features of this machine.");
   m.def("can_describe", &can_describe, "Whether this is an exchange API that `describe` knows.");
-  m.def("describe", &describe, "The tensors' addresses as int64; their devices, dtypes, shapes and strides; their ids.");
+  m.def("describe", &describe,
+        "The tensors' addresses as int64; their devices, dtypes, shapes and strides; their ids.");
   m.def("describe_plain", &describe_plain,
         "The same, or None where one is of no exact type among `types`, or one of the first n requires grad.");
 }

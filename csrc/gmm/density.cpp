@@ -88,6 +88,22 @@ void invert(std::vector<double>& inverse, const std::vector<double>& l, int64_t 
   }
 }
 
+// The log of a product: one logarithm for all factors, which took longer than all else about a component.
+class LogProduct {
+ public:
+  void times(double factor) {  // positive
+    int exponent;
+    mantissa_ = std::frexp(mantissa_ * std::frexp(factor, &exponent), &added_);
+    exponent_ += exponent + added_;
+  }
+  double log() const { return std::log(mantissa_) + double(exponent_) * 0.69314718055994530942; }
+
+ private:
+  double mantissa_ = 1;
+  int64_t exponent_ = 0;
+  int added_ = 0;
+};
+
 // Log densities [components][width] of the samples of a block, whose width this knows.
 template <class In>
 struct Density {
@@ -122,17 +138,17 @@ struct Density {
     par_for(0, components, std::max<int64_t>(1, 32768 / cost), [&](int64_t first, int64_t last) {
       std::vector<double> factor(full ? features * features : 0), inverted(factor.size());
       for (int64_t k = first; k < last; ++k) {
-        double log_determinant = 0;
+        LogProduct determinant;
         for (int64_t i = 0; i < features; ++i) {
           mean[k * features + i] = load(mu + k * features + i);
           const double deviation = load(full       ? l + (k * features + i) * features + i
                                         : diagonal ? l + k * features + i
                                                    : l + k);
           good[k] = good[k] && deviation > 0 && std::isfinite(deviation);
-          log_determinant += std::log(deviation);
+          determinant.times(deviation);
           if (!full) inverse[k * features + i] = static_cast<T>(1.0 / deviation);
         }
-        constant[k] = static_cast<T>(-log_determinant - 0.5 * double(features) * 1.8378770664093453);  // ln 2 pi
+        constant[k] = static_cast<T>(-determinant.log() - 0.5 * double(features) * 1.8378770664093453);  // ln 2 pi
         if (!full || !good[k]) continue;
         for (int64_t i = 0; i < features * features; ++i) factor[i] = load(l + k * features * features + i);
         invert(inverted, factor, features);
@@ -146,19 +162,19 @@ struct Density {
   }
 
   void find_near() {
-    for (int64_t i = 0; i < features; ++i) {
-      double sum = 0;
-      for (int64_t k = 0; k < components; ++k) sum += mean[k * features + i];
-      middle[i] = static_cast<T>(sum / double(components));
-    }
-    const auto scaled = [&](int64_t k, int64_t i) {
-      return (double(mean[k * features + i]) - double(middle[i])) * double(inverse[k * features + i]);
-    };
-    for (int64_t k = 0; k < components; ++k) {
-      near[k] = 1;
-      for (int64_t i = 0; i < features; ++i) near[k] &= std::abs(scaled(k, i)) <= kNear;  // not NaN
-      for (int64_t i = 0; near[k] && i < features; ++i) mean[k * features + i] = static_cast<T>(scaled(k, i));
-    }
+    std::vector<double> sum(features, 0);
+    for (int64_t k = 0; k < components; ++k)
+      for (int64_t i = 0; i < features; ++i) sum[i] += mean[k * features + i];
+    for (int64_t i = 0; i < features; ++i) middle[i] = static_cast<T>(sum[i] / double(components));
+    par_for(0, components, std::max<int64_t>(1, 8192 / features), [&](int64_t first, int64_t last) {
+      std::vector<double> scaled(features);
+      for (int64_t k = first; k < last; ++k) {
+        T *mu = mean.get() + k * features, *scale = inverse.get() + k * features;
+        for (int64_t i = 0; i < features; ++i) scaled[i] = (double(mu[i]) - double(middle[i])) * double(scale[i]);
+        near[k] = std::all_of(scaled.begin(), scaled.end(), [](double y) { return std::abs(y) <= kNear; });  // not NaN
+        for (int64_t i = 0; near[k] && i < features; ++i) mu[i] = static_cast<T>(scaled[i]);
+      }
+    });
     any_near = std::count(near.begin(), near.end(), 1) > 0;
     any_far = std::count(near.begin(), near.end(), 0) > 0;
   }
