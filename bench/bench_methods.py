@@ -129,7 +129,7 @@ def test_dgm_step(contest: Callable, device: torch.device, width: int, part: str
     contest(contenders, check)
 
 
-@pytest.mark.parametrize("width", [16, 24, 32, 40, 64])
+@pytest.mark.parametrize("width", [16, 32, 48, 64])
 def test_precision(contest: Callable, device: torch.device, width: int) -> None:
     """A whole step of MeRGAN's joint retraining in its second task; "fastcl" is `auto`, as fastcl.nn.mixed picks."""
     images, labels = torch.rand(64, 1, 28, 28).to(device), torch.zeros(64, dtype=torch.int64, device=device)

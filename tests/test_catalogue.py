@@ -64,10 +64,10 @@ def test_has_its_own_cpu_kernel(name: str) -> None:
 
 # ---- opcheck: schema, autograd registration, fake tensors (strides too), AOTAutograd with dynamic shapes ----
 
-# A third of a second each: every layout in float32, every dtype dense and with gaps.
+# A third of a second each: every layout in float32, every dtype dense.
 CHECKED = [
     *((shape, layout, torch.float32) for shape, layout in FORMS),
-    *(((5, 13), layout, dtype) for layout in ("contiguous", "sliced") for dtype in FLOATS if dtype != torch.float32),
+    *(((5, 13), "contiguous", dtype) for dtype in FLOATS if dtype != torch.float32),
 ]
 
 

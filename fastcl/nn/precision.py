@@ -8,7 +8,7 @@ from torch import nn
 PRECISIONS = ("auto", "float32", "bfloat16")
 # On a CPU autocast's copies, and torch's convolutions instead of those with the batch last, cost more than AMX saves below
 # so many pairs of channels: `pytest bench/bench_methods.py -k precision`.
-WIDE = 10_000
+WIDE = 15_000
 
 
 def check_precision(precision: str) -> str:
@@ -37,7 +37,7 @@ def is_wide(network: nn.Module) -> bool:
     """Whether one of its convolutions has at least WIDE pairs of channels.
 
     Example:
-        >>> is_wide(nn.Conv2d(64, 128, 5)), is_wide(nn.Conv2d(80, 160, 5))
+        >>> is_wide(nn.Conv2d(64, 128, 5)), is_wide(nn.Conv2d(96, 192, 5))
         (False, True)
     """
     return any(p.dim() > 2 and p.shape[0] * p.shape[1] >= WIDE for p in network.parameters())
