@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 PRECISIONS = ("auto", "float32", "bfloat16")
-# With fewer pairs of channels autocast's copies, and torch's convolutions instead of those with the batch last, cost a CPU
-# more than AMX saves: `pytest bench/bench_methods.py -k precision`.
+# With fewer pairs of channels autocast's copies, and torch's convolutions instead of those with the batch last, cost a
+# CPU more than AMX saves: `pytest bench/bench_methods.py -k precision`.
 WIDE = 15_000
 
 
