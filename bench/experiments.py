@@ -170,10 +170,10 @@ def generative() -> Iterator[Experiment]:
         ("DGR, noise", "dgr", {"replay": "noise"}, 3),
         ("fine-tuning", "finetune", {}, 3),
         ("joint", "joint", {}, 1),
+        ("joint, the GANs' classifier", "joint", {"network": "discriminator"}, 3),
     ):
-        few = {"joint": {"epochs": 1}, "finetune": {"epochs": 4}}
-        epochs = {"epochs": 4} if "replay" in options else few.get(method, {})
-        yield Experiment(label, method, "class", "split", options, {**rest, **epochs}, seeds)
+        few = {"epochs": 1 if label == "joint" else 4} if method in ("joint", "finetune") or "replay" in options else {}
+        yield Experiment(label, method, "class", "split", options, {**rest, **few}, seeds)
 
 
 def mnist() -> Iterator[Experiment]:

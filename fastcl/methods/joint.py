@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..nn import Discriminator
 from .method import Method, entropy_within_tasks
 
 if TYPE_CHECKING:
-    from ..streams import Task
+    from ..streams import Stream, Task
 
 
 class Joint(Method):
@@ -32,6 +33,31 @@ class Joint(Method):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._past: list[Task] = []
+
+    @classmethod
+    def build(
+        cls,
+        stream: Stream,
+        *,
+        network: str = "mlp",
+        hidden: tuple[int, ...] = (400, 400),
+        discriminator_width: int = 16,
+        seed: int = 0,
+        **options: Any,
+    ) -> Method:
+        """`network`: mlp, or discriminator, the classifier of DGM and MeRGAN.
+
+        Raises:
+            ValueError: another network.
+        """
+        if network == "mlp":
+            return super().build(stream, hidden=hidden, seed=seed, **options)
+        if network != "discriminator":
+            raise ValueError(f"network is {network!r} but must be mlp or discriminator")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = Discriminator(stream.input_shape, stream.n_outputs, discriminator_width)
+        return cls(model, setting=stream.setting, **options)
 
     @property
     def classes(self) -> list[int]:

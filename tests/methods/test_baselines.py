@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from fastcl import metrics, streams
 from fastcl.methods import METHODS, Method, entropy_within_tasks
+from fastcl.nn import Discriminator
 from fastcl.runner import Config, Run
 
 
@@ -155,6 +156,16 @@ def test_lost_per_hop() -> None:
     assert metrics.lost_per_hop([[0.5]]) == []
 
 
+def test_joint_training_of_the_gans_classifier() -> None:
+    learner = METHODS["joint"].build(stream("class"), network="discriminator", discriminator_width=4)
+    trained(learner, "class", 2, epochs=4)
+    x, y = (torch.cat(parts) for parts in zip(*(t.test() for t in stream("class").tasks[:2]), strict=True))
+    assert isinstance(learner.model, Discriminator)
+    learner.model.eval()
+    with torch.no_grad():
+        assert (learner.model(x)[:, :4].argmax(1) == y).float().mean() > 0.9
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -180,6 +191,7 @@ def test_lost_per_hop() -> None:
         ("dgm-a", {"schedule": "slow"}, "schedule is 'slow'"),
         ("dgm-a", {"optimizer": torch.optim.SGD}, "optimizer must be left out"),
         ("cln", {"show": "nothing"}, "show is 'nothing'"),
+        ("joint", {"network": "cnn"}, "network is 'cnn' but must be mlp or discriminator"),
     ],
 )
 def test_bad_options_are_named(name: str, options: dict[str, object], message: str) -> None:
