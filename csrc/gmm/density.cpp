@@ -92,16 +92,16 @@ void invert(std::vector<double>& inverse, const std::vector<double>& l, int64_t 
 class LogProduct {
  public:
   void times(double factor) {  // positive
-    int exponent;
-    mantissa_ = std::frexp(mantissa_ * std::frexp(factor, &exponent), &added_);
-    exponent_ += exponent + added_;
+    int own, carried;
+    const double mantissa = std::frexp(factor, &own);
+    mantissa_ = std::frexp(mantissa_ * mantissa, &carried);
+    exponent_ += own + carried;
   }
   double log() const { return std::log(mantissa_) + double(exponent_) * 0.69314718055994530942; }
 
  private:
   double mantissa_ = 1;
   int64_t exponent_ = 0;
-  int added_ = 0;
 };
 
 // Log densities [components][width] of the samples of a block, whose width this knows.

@@ -32,7 +32,7 @@ class MeRGAN(Generative):
         model: the discriminator and classifier, with an output for every class of the stream.
         generator: conditional, with as many classes.
         strength: lambda, of alignment; the paper's 1e-3 for MNIST, 1e-2 for SVHN. With one class a task 0.1 remembers
-            more (``bench/results/generative.md``: 81% of ten digits, not 46%).
+            more (``bench/results/generative.md``: 80% of ten digits, not 46%).
         critic_steps: of the discriminator for one of the generator; 5 in the paper.
         penalty: of the critic's gradient. betas: Adam's, of both networks.
         aligned: images of alignment in a step, shared by the earlier classes.
