@@ -102,8 +102,10 @@ struct Numbers {
   py::bytes bytes;
   int64_t* to;
   explicit Numbers(size_t n)
-      : bytes(py::reinterpret_steal<py::bytes>(PyBytes_FromStringAndSize(nullptr, Py_ssize_t(n * sizeof(int64_t))))),
-        to(reinterpret_cast<int64_t*>(PyBytes_AS_STRING(bytes.ptr()))) {}
+      : bytes(py::reinterpret_steal<py::bytes>(PyBytes_FromStringAndSize(nullptr, Py_ssize_t(n * sizeof(int64_t))))) {
+    if (!bytes) throw py::error_already_set();
+    to = reinterpret_cast<int64_t*>(PyBytes_AS_STRING(bytes.ptr()));
+  }
 };
 
 py::tuple describe(const py::object& api, const py::list& tensors) {

@@ -45,7 +45,7 @@ class Joint(Method):
         seed: int = 0,
         **options: Any,
     ) -> Method:
-        """`network`: mlp, or discriminator, the classifier of DGM and MeRGAN.
+        """`network`: mlp with layers `hidden`; discriminator, the classifier of DGM, `discriminator_width` wide.
 
         Raises:
             ValueError: another network.
