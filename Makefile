@@ -18,7 +18,7 @@ bench: $(VENV)/.built  ## every op against eager torch, torch.compile and the li
 lint: $(VENV)/.built
 	$(RUN)/pip install -q ruff clang-format
 	$(RUN)/ruff check . && $(RUN)/ruff format --check .
-	$(RUN)/clang-format --dry-run --Werror csrc/*/*.h csrc/*/*.cpp csrc/*.cpp
+	$(RUN)/clang-format --dry-run --Werror csrc/*/*.h csrc/*/*.cpp csrc/*.[ch]*
 
 wheel: $(VENV)/.built  ## sdist and wheel in dist/
 	$(RUN)/pip install -q build && $(RUN)/python -m build --no-isolation

@@ -15,9 +15,7 @@ from fastcl.ops import _direct
 from fastcl.ops.importance import path
 from fastcl.ops.masked_grad import _direct_masked_grad_
 
-pytestmark = pytest.mark.skipif(
-    not _direct._describes or _direct.library is None, reason="this torch has no C exchange API, or no kernels"
-)
+pytestmark = pytest.mark.skipif(not _direct.available, reason="this torch has no C exchange API, or no kernels")
 SHAPES = [(3, 5), (), (1,), (0, 2), (40000,), (2, 3, 4, 5), (7,)]
 Lists = list[list[torch.Tensor]]
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fastcl import ops
-from fastcl.ops.masked_grad import plan
+from fastcl.ops import _direct
 from fastcl.optim import MaskedAdam, MaskedSGD, protect
 
 from .test_masked_grad_steps import bits
@@ -79,7 +79,7 @@ def test_without_masks_is_torchs(name: str, options: dict[str, Any], dtype: torc
         for key, value in y.state[q].items():
             if value is not None:
                 torch.testing.assert_close(x.state[p][key], value, **tight)
-    assert (x._plan is not None) == (as_autograd and plan.available)
+    assert (x._plan is not None) == (as_autograd and _direct.available)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from fastcl import ops
+from fastcl._ops import extension
 from fastcl.ops import _direct
 from fastcl.optim import MaskedAdam, MaskedSGD, protect
 
@@ -29,14 +33,11 @@ CHANGES: dict[str, Callable[[Any, Any], None]] = {
 }
 
 
-@pytest.fixture(params=["native", "python"])
-def describe(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Both ways to look at many tensors at once; the second is that of a torch without DLPack's exchange API."""
-    if request.param == "python":
-        monkeypatch.setattr(_direct, "_describes", False)
-    elif not _direct._describes:
-        pytest.skip("this torch has no C exchange API, or there is no fastcl._C")
-    return _direct.describe
+needs_extension = pytest.mark.skipif(not _direct.available, reason="this torch has no C exchange API, or no kernels")
+
+
+def describe(tensors: list[Any], n: int = 0) -> tuple[bytes, bytes, bytes]:
+    return extension.describe_plain(_direct.exchange, tensors, _direct.PLAIN, _direct._requires_grad, n)
 
 
 OTHERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -49,8 +50,9 @@ OTHERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+@needs_extension
 @pytest.mark.parametrize("other", OTHERS)
-def test_what_is_different_is_described_differently(describe: Callable[..., Any], other: str) -> None:
+def test_what_is_different_is_described_differently(other: str) -> None:
     t, same = torch.randn(4, 6), torch.ones(3)
     addresses, forms, objects = described = describe([same, t.requires_grad_()])
     assert described == describe([same, t])
@@ -62,15 +64,22 @@ def test_what_is_different_is_described_differently(describe: Callable[..., Any]
     assert (changed[1] == forms) == (other in ("address", "offset"))
 
 
-@pytest.mark.parametrize("wrong", [None, torch.eye(3).to_sparse()], ids=["none", "sparse"])
-def test_what_has_no_address_is_refused(describe: Callable[..., Any], wrong: Any) -> None:
-    with pytest.raises((TypeError, RuntimeError)):
-        describe([torch.ones(3), wrong])
+@needs_extension
+def test_what_is_not_described() -> None:
+    with pytest.raises((TypeError, RuntimeError, BufferError)):
+        describe([torch.ones(3), torch.eye(3).to_sparse()])
+    assert describe([torch.ones(3), None]) is None
+    tracked = [torch.ones(3), nn.Parameter(torch.ones(3))]
+    assert describe(tracked, 1) is not None
+    assert describe(tracked, 2) is None
 
 
+@pytest.mark.parametrize("plans", [True, False])
 @pytest.mark.parametrize("case", CHANGES)
-def test_a_plan_never_outlives_its_addresses(describe: Callable[..., Any], case: str) -> None:
+def test_a_plan_never_outlives_its_addresses(monkeypatch: pytest.MonkeyPatch, plans: bool, case: str) -> None:
     """Whatever is changed between two steps, the next is what torch would do."""
+    if not plans:
+        monkeypatch.setattr(_direct, "available", False)
     results = []
     for kind in (MaskedAdam, torch.optim.Adam):
         torch.manual_seed(3)
@@ -83,7 +92,35 @@ def test_a_plan_never_outlives_its_addresses(describe: Callable[..., Any], case:
         for step in range(2):
             set_gradients([p], 10 + step)
             optimizer.step()
+            assert kind is not MaskedAdam or optimizer._plan is None or plans
         results.append((p.detach(), optimizer.state[p]["exp_avg"]))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+GRADIENTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "elsewhere": torch.clone,
+    "in another order": lambda g: g.t().contiguous().t(),
+    "negated view": lambda g: torch._neg_view(-g),
+    "with gaps": lambda g: torch.cat([g, g], 1)[:, :6],
+}
+
+
+@pytest.mark.parametrize("kind", GRADIENTS)
+@pytest.mark.parametrize("first", [True, False])
+def test_gradients_of_any_memory(kind: str, first: bool) -> None:
+    """What a plan cannot take by its address goes another way, also once the plan is made."""
+    results = []
+    for of in (MaskedAdam, torch.optim.Adam):
+        torch.manual_seed(3)
+        p, q = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(3))
+        optimizer = of([p, q], lr=0.1)
+        for step in range(4):
+            set_gradients([p, q], step)
+            if first or step >= 2:
+                p.grad = GRADIENTS[kind](p.grad)
+            optimizer.step()
+        results.append((p.detach(), q.detach()))
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs)
 
@@ -221,6 +258,69 @@ def test_sparse_gradients_are_refused(kept_plan: bool) -> None:
     protect(sparse, {table.weight: torch.zeros(5, 2)})
     with pytest.raises(RuntimeError, match="protect does not support sparse"):
         sparse.step()
+
+
+class OwnStep(MaskedSGD):
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("of", [MaskedSGD, OwnStep, torch.optim.SGD])
+def test_hooks_run_once(of: Any) -> None:
+    """torch's wrapper around `step` is left out only where nobody would notice."""
+    p, ran = nn.Parameter(torch.zeros(3)), []
+    optimizer = of([p], 1.0)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    handles = [
+        optimizer.register_step_pre_hook(lambda *_: ran.append("pre")),
+        optimizer.register_step_post_hook(lambda *_: ran.append("post")),
+        register_optimizer_step_pre_hook(lambda *_: ran.append("global pre")),
+        register_optimizer_step_post_hook(lambda *_: ran.append("global post")),
+    ]
+    assert optimizer.step(lambda: 7.0) == 7.0
+    assert ran == ["global pre", "pre", "post", "global post"]
+    for handle in handles:
+        handle.remove()
+    optimizer.step()
+    assert len(ran) == 4
+    assert p.tolist() == [-3.0] * 3
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    assert [e.name for e in profile.events() if "Optimizer.step" in e.name] == [f"Optimizer.step#{of.__name__}.step"]
+
+
+def test_an_optimizer_is_collected_with_its_plan() -> None:
+    """A plan knows addresses only: what it held for itself, the collector could not see."""
+
+    def stepped() -> weakref.ref[nn.Parameter]:
+        p = nn.Parameter(torch.ones(3))
+        optimizer = MaskedAdam([p])
+        p.optimizer = optimizer
+        p.grad = torch.ones(3)
+        optimizer.step()
+        assert (optimizer._plan is not None) == _direct.available
+        return weakref.ref(p)
+
+    gone = stepped()
+    gc.collect()
+    assert gone() is None
+
+
+def test_wrong_numbers_change_nothing() -> None:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = MaskedAdam([p])
+    p.grad = torch.ones(3)
+    for _ in range(2):
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = "fast"
+        before = p.detach().clone(), optimizer.state[p]["step"].item()
+        with pytest.raises((TypeError, ValueError)):
+            optimizer.step()
+        assert torch.equal(p, before[0])
+        assert optimizer.state[p]["step"] == before[1]
+        optimizer.param_groups[0]["lr"] = torch.tensor(0.1)  # a number too
+    optimizer.step()
 
 
 def test_other_threads_and_processes() -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -26,29 +25,12 @@ KNOWN = 4  # forms an op remembers: a model's, and a few others' in turn
 
 library = None if pure_python else ctypes.CDLL(str(LIBRARY))  # the handle that is loaded already
 
-_FORM = [attrgetter(name) for name in ("device", "dtype", "shape")] + [Tensor.stride]
-_exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-_describes = extension is not None and extension.can_describe(_exchange)
+exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # since torch 2.11
+available = library is not None and extension is not None and extension.can_describe(exchange)
 _requires_grad = torch._C.TensorBase.__dict__["requires_grad"]
 _transforming = torch._C._are_functorch_transforms_active
 _modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack, torch._C._get_tracing_state
 _profiling = torch.autograd._profiler_enabled
-
-
-def describe_in_python(tensors: list[Tensor]) -> tuple[bytes, Any, Any]:
-    """:func:`describe` where torch has no C exchange API (before 2.11) or fastcl._C is missing: slower."""
-    # map() over C functions: a generator would double the time
-    addresses = np.array([*map(Tensor.data_ptr, tensors)], np.int64).tobytes()
-    return addresses, [[*map(of, tensors)] for of in _FORM], [*map(id, tensors)]
-
-
-def describe(tensors: list[Tensor]) -> tuple[bytes, Any, Any]:
-    """The tensors' addresses as int64, what compares equal where device, dtype, shape and strides do, and their ids.
-
-    Raises:
-        TypeError, RuntimeError: one of them is None, or has no address (sparse).
-    """
-    return extension.describe(_exchange, tensors) if _describes else describe_in_python(tensors)
 
 
 def is_plain(t: Tensor) -> bool:
@@ -112,7 +94,7 @@ class Direct:
         return None
 
     def _described(self, lists: Sequence[Any]) -> tuple[bytes, Any, bytes] | None:
-        if not _describes or library is None or torch.compiler.is_compiling():
+        if not available or torch.compiler.is_compiling():
             return None
         if _transforming() or any(mode() for mode in _modes) or _profiling():
             return None
@@ -123,7 +105,7 @@ class Direct:
             tensors += one
         try:
             n = len(lists[0]) * self.n_mutated if torch.is_grad_enabled() else 0
-            return extension.describe_plain(_exchange, tensors, PLAIN, _requires_grad, n) if tensors else None
+            return extension.describe_plain(exchange, tensors, PLAIN, _requires_grad, n) if tensors else None
         except (RuntimeError, TypeError, BufferError):  # sparse, or no tensor
             return None
 

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import chain, pairwise
-from operator import attrgetter
+from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.optim import optimizer as torch_optimizer
 
 from ..ops import _direct as direct
 from ..ops._state import check_optimizer
 from ..ops.masked_grad import plan as plans
 from .reserved import Mask, Reserved, read_masks, tensors_of
 
-_version = attrgetter("_version")
+_GLOBAL_HOOKS = torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks
+_profiling = torch.autograd._profiler_enabled
 _increment_version = torch.autograd.graph.increment_version
 
 
 class MaskedStep:
     """Mixed into one of torch's optimizers, whose arguments, groups and state it keeps; `step` is its own.
 
-    Subclasses say which state tensors a group's options ask for (`_used`, in StepEntry's order), how a parameter gets
-    them (`_state_of`), and how a group's step is called, by plan (`_by_plan`) or with lists of tensors (`_by_lists`).
+    Subclasses name their kernel and a group's options for it, in its struct's order (`_kernel`, `_options`, `_flags`),
+    and say which options decide what state there is (`_deciding`), which tensors that is (`_used`, in StepEntry's
+    order), how a parameter gets them (`_state_of`), and how the op with lists of tensors is called (`_by_lists`).
     """
 
+    _kernel: str
+    _deciding: tuple[str, ...]
+    _options: tuple[str, ...]
+    _flags: tuple[str, ...]
     param_groups: list[dict[str, Any]]
     state: dict[Tensor, dict[str, Any]]
 
@@ -89,33 +94,52 @@ class MaskedStep:
             raise
         self._plan = None
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; entries with r = 1 keep every bit of parameter and state."""
+        if self._observed() or torch.compiler.is_compiling():
+            return self._hooked_step(closure)
+        return self._step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]  # torch leaves it alone: its wrapper costs 10 us, 60 between kernels
+
+    def _observed(self) -> bool:
+        """Whether somebody would notice that torch's wrapper is missing."""
+        if type(self).step is not MaskedStep.step:  # a subclass's own step, which torch has wrapped
+            return False
+        hooks = self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks  # type: ignore[attr-defined]
+        return _profiling() or any(hooks) or any(_GLOBAL_HOOKS)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found = None if torch.compiler.is_compiling() else self._plan
-        if found is None or not found.holds(self):
-            found = self._prepare()
-        if found is None:
-            return loss
-        for group, begin, end in found.groups:
-            self._by_plan(group, found.plan, begin, end)
-        _increment_version(found.written)
+        compiling = torch.compiler.is_compiling()
+        if compiling or self._plan is None or not self._plan.run(self.param_groups, self.state):
+            batches = self._prepare(may_plan=not compiling)
+            if self._plan is None or not self._plan.run(self.param_groups, self.state):
+                self._plan = None
+                self._by_batches(batches)
+                return loss
+        _increment_version(self._plan.written)
         return loss
 
-    def _prepare(self) -> _Plan | None:
-        """A plan for this step and the next ones; None where the list ops had to be called instead."""
+    _hooked_step = torch.optim.Optimizer.profile_hook_step(_step)
+
+    @torch.no_grad()
+    def _prepare(self, may_plan: bool) -> Batches:
+        """Checks everything and makes the states that are missing; then the plan of this step and the next ones."""
         self._plan = None
         for group in self.param_groups:
             self._check(group)
         _refuse_overlap(type(self).__name__, [p for g in self.param_groups for p in g["params"] if p.grad is not None])
         batches = [(group, self._gather(group)) for group in self.param_groups]
-        if plans.available and not torch.compiler.is_compiling() and _Plan.possible(batches):
+        if may_plan and direct.available and _Plan.possible(batches):
             self._plan = _Plan(self, batches)
-            return self._plan
+        return batches
+
+    @torch.no_grad()
+    def _by_batches(self, batches: Batches) -> None:
         for group, items in batches:
             for first in (False, True):
                 chosen = [item for item in items if item.first == first]
@@ -124,7 +148,6 @@ class MaskedStep:
                     by_device.setdefault(item.param.device, []).append(item)
                 for same in by_device.values():
                     self._by_lists(group, same, first)
-        return None
 
     def _check(self, group: dict[str, Any]) -> None:
         """Everything that may be refused, before any state is made."""
@@ -176,13 +199,17 @@ class MaskedStep:
         columns = [none if item.mask is None else item.mask.columns for item in items]
         return grads, reserved, columns if any(c.numel() for c in columns) else []
 
+    def _numbers(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """The group's options as the list ops take them."""
+        numbers: list[Any] = []
+        for name in self._options:
+            numbers += group[name] if isinstance(group[name], (tuple, list)) else [group[name]]
+        return *map(float, numbers), *(bool(group[name]) for name in self._flags)
+
     def _state_of(self, group: dict[str, Any], p: Tensor) -> bool:
         raise NotImplementedError
 
     def _used(self, group: dict[str, Any]) -> tuple[str, ...]:
-        raise NotImplementedError
-
-    def _by_plan(self, group: dict[str, Any], plan: plans.Plan, begin: int, end: int) -> None:
         raise NotImplementedError
 
     def _by_lists(self, group: dict[str, Any], items: list[Item], first: bool) -> None:
@@ -204,74 +231,36 @@ class Item:
         yield from (t for t in self.slots if t is not None)
 
 
+Batches = list[tuple[dict[str, Any], list[Item]]]
+
+
 class _Plan:
-    """The plan of all groups, and what it was made from: `holds` is the whole cost of a step beyond the kernel."""
+    """The plan of all groups. `run` is a step, or False where something is not what it was made from."""
 
     @staticmethod
-    def possible(batches: list[tuple[dict[str, Any], list[Item]]]) -> bool:
+    def possible(batches: Batches) -> bool:
         for _, items in batches:
             for item in items:
                 p = item.param
                 tensors = [*item.tensors(), p.grad]
-                if not all(direct.is_plain(t) and t.stride() == p.stride() for t in tensors):
+                if not all(direct.is_plain(t) and t.stride() == p.stride() and not t.is_neg() for t in tensors):
                     return False
                 if item.step is not None and not direct.is_plain(item.step):
                     return False
         return True
 
-    def __init__(self, optimizer: MaskedStep, batches: list[tuple[dict[str, Any], list[Item]]]) -> None:
-        items = [item for _, group in batches for item in group]
-        self.plan = plans.Plan(len(items))
-        self.groups, at = [], 0
-        for group, of_group in batches:
-            self.groups.append((group, at, at + len(of_group)))
-            at += len(of_group)
+    def __init__(self, optimizer: MaskedStep, batches: Batches) -> None:
+        items = [item for _, of_group in batches for item in of_group]
+        self.plan = plan = plans.Plan(len(items))
         for i, item in enumerate(items):
-            self.plan.set(i, item.param, item.slots, item.step, item.first)
+            plan.set(i, item.param, item.slots, item.step, item.first)
             if item.mask is not None:
-                self.plan.set_mask(i, *item.mask.for_plan(item.param))
+                plan.set_mask(i, *item.mask.for_plan(item.param))
         self.written = [t for item in items for t in item.tensors()]  # all but the counts
-        self.given = [g for item in items if item.mask for g in tensors_of(item.mask.given) if not g.is_inference()]
-        self.with_grad = [item.param for item in items]
-        self.known = self._of_optimizer(optimizer)
-        self.params = [p for group in optimizer.param_groups for p in group["params"]]
-        self.none = [p.grad is None for p in self.params]
-        self.grad_addresses, self.grad_forms, _ = direct.describe([p.grad for p in self.with_grad])
-        self._take_gradients()
-
-    def holds(self, optimizer: MaskedStep) -> bool:
-        """Whether every address is still what it was; new addresses of gradients are taken over."""
-        try:
-            if self._of_optimizer(optimizer) != self.known:
-                return False
-            addresses, forms, _ = direct.describe([p.grad for p in self.with_grad])
-        except (TypeError, RuntimeError):  # None and sparse gradients have no address
-            return False
-        if forms != self.grad_forms:
-            return False
-        if len(self.with_grad) < len(self.none) and [p.grad is None for p in self.params] != self.none:
-            return False
-        if addresses != self.grad_addresses:
-            self.grad_addresses = addresses
-            self._take_gradients()
-        return True
-
-    def _take_gradients(self) -> None:
-        self.plan.entries[:, plans.GRAD] = np.frombuffer(self.grad_addresses, np.int64)
-
-    def _of_optimizer(self, optimizer: MaskedStep) -> tuple[Any, ...]:
-        groups = optimizer.param_groups
-        params = [p for group in groups for p in group["params"]]
-        states = [*chain.from_iterable(map(dict.values, optimizer.state.values()))]
-        try:
-            described = direct.describe(params + states)
-        except TypeError:  # a state may be None
-            described = direct.describe(params + [t for t in states if t is not None])
-        return (
-            [(id(group), len(group["params"]), optimizer._used(group)) for group in groups],
-            described,
-            [*map(_version, self.given)],
-        )
+        given = [g for item in items if item.mask for g in tensors_of(item.mask.given) if not g.is_inference()]
+        which = optimizer._kernel, optimizer._deciding, optimizer._options, optimizer._flags
+        plan.start(*which, given, optimizer.param_groups, optimizer.state)
+        self.run = plan.run  # of csrc/plan.cpp, by addresses of what self.plan keeps alive
 
 
 def _refuse_overlap(name: str, tensors: list[Tensor]) -> None:

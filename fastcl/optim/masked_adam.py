@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops.masked_grad import plan as plans
 from .masked import Item, MaskedStep
 from .reserved import Reserved
 
@@ -37,6 +36,11 @@ class MaskedAdam(MaskedStep, torch.optim.Adam):
         tensor([1.0000, 0.5000])
     """
 
+    _kernel = "masked_adam_entries"
+    _deciding = ("amsgrad",)
+    _options = ("lr", "betas", "eps", "weight_decay")
+    _flags = ("decoupled_weight_decay", "maximize")
+
     def __init__(
         self, params: Any, lr: Any = 1e-3, *args: Any, reserved: Reserved | None = None, **kwargs: Any
     ) -> None:
@@ -57,14 +61,6 @@ class MaskedAdam(MaskedStep, torch.optim.Adam):
 
     def _used(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
-
-    def _numbers(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        beta1, beta2 = group["betas"]
-        numbers = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
-        return *map(float, numbers), bool(group["decoupled_weight_decay"]), bool(group["maximize"])
-
-    def _by_plan(self, group: dict[str, Any], plan: plans.Plan, begin: int, end: int) -> None:
-        plan.adam(begin, end, plans.AdamOptions(*self._numbers(group)))
 
     def _by_lists(self, group: dict[str, Any], items: list[Item], first: bool) -> None:
         grads, reserved, columns = self._lists(items)

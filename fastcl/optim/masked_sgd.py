@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops.masked_grad import plan as plans
 from .masked import Item, MaskedStep
 from .reserved import Reserved
 
@@ -44,6 +43,11 @@ class MaskedSGD(MaskedStep, torch.optim.SGD):
         tensor([1.0000, 0.5000])
     """
 
+    _kernel = "masked_sgd_entries"
+    _deciding = ("momentum",)
+    _options = ("lr", "momentum", "dampening", "weight_decay")
+    _flags = ("nesterov", "maximize")
+
     def __init__(
         self, params: Any, lr: Any = 1e-3, *args: Any, reserved: Reserved | None = None, **kwargs: Any
     ) -> None:
@@ -62,13 +66,6 @@ class MaskedSGD(MaskedStep, torch.optim.SGD):
 
     def _used(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
-
-    def _numbers(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        names = ("lr", "momentum", "dampening", "weight_decay")
-        return *(float(group[name]) for name in names), bool(group["nesterov"]), bool(group["maximize"])
-
-    def _by_plan(self, group: dict[str, Any], plan: plans.Plan, begin: int, end: int) -> None:
-        plan.sgd(begin, end, plans.SgdOptions(*self._numbers(group)))
 
     def _by_lists(self, group: dict[str, Any], items: list[Item], first: bool) -> None:
         grads, reserved, columns = self._lists(items)

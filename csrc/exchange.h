@@ -1,0 +1,84 @@
+// What fastcl._C reads of tensors without torch's headers: addresses and forms through DLPack's C exchange API,
+// attributes through their descriptors, each past the lookup by name and without an object for the answer.
+#pragma once
+#ifdef TORCH_TARGET_VERSION
+#undef TORCH_TARGET_VERSION  // torch 2.10-2.12 ship a pybind11 that refuses it
+#endif
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+namespace fastcl {
+
+namespace py = pybind11;
+
+// Of DLPack 1.2, which a tensor's type offers as `__dlpack_c_exchange_api__`. The layout is the standard's (dlpack.h);
+// major versions may change it.
+struct DLTensor {
+  void* data;
+  int32_t device_type, device_id;
+  int32_t ndim;
+  uint8_t type_code, type_bits;
+  uint16_t type_lanes;
+  const int64_t *shape, *strides;
+  uint64_t byte_offset;
+
+  int64_t address() const { return reinterpret_cast<int64_t>(data) + static_cast<int64_t>(byte_offset); }
+  size_t form_words() const { return 4 + 2 * size_t(ndim); }
+  template <class Word>
+  void form(const Word& word) const {  // word(x) for each of form_words() numbers: device, dtype, shape, strides
+    word(int64_t(device_type));
+    word(int64_t(device_id));
+    word(int64_t(ndim));
+    word(int64_t(type_code) << 8 | type_bits);
+    for (int32_t d = 0; d < ndim; ++d) word(shape[d]);
+    for (int32_t d = 0; d < ndim; ++d) word(strides[d]);
+  }
+};
+
+using Borrow = int (*)(void* object, DLTensor* out);  // not 0, and a Python error, for what has no address
+
+struct DLPackExchange {
+  uint32_t major, minor;
+  const void *older, *allocate, *managed_from_python, *managed_to_python;
+  Borrow borrow_from_python;
+  const void* current_stream;
+};
+
+inline const DLPackExchange* exchange_of(const py::object& api) {  // null where it is none that we know
+  constexpr const char* kName = "dlpack_exchange_api";
+  if (PyCapsule_IsValid(api.ptr(), kName) == 0) return nullptr;
+  const auto* exchange = static_cast<const DLPackExchange*>(PyCapsule_GetPointer(api.ptr(), kName));
+  const bool known = exchange->major == 1 && exchange->minor >= 2 && exchange->borrow_from_python != nullptr;
+  return known ? exchange : nullptr;
+}
+
+inline Borrow borrow_of(const py::object& api) {
+  const DLPackExchange* exchange = exchange_of(api);
+  if (exchange == nullptr) throw py::value_error("api is not one that can_describe");
+  return exchange->borrow_from_python;
+}
+
+// An attribute of tensors that C computes (requires_grad, grad, _version), by its descriptor.
+class Attribute {
+ public:
+  explicit Attribute(const py::object& descriptor) {
+    if (!Py_IS_TYPE(descriptor.ptr(), &PyGetSetDescr_Type)) throw py::type_error("an attribute is not a descriptor");
+    const auto* getset = reinterpret_cast<PyGetSetDescrObject*>(descriptor.ptr())->d_getset;
+    get_ = getset->get;
+    closure_ = getset->closure;
+  }
+  py::object of(py::handle tensor) const {
+    auto found = py::reinterpret_steal<py::object>(get_(tensor.ptr(), closure_));
+    if (!found) throw py::error_already_set();
+    return found;
+  }
+
+ private:
+  getter get_;
+  void* closure_;
+};
+
+void bind_plan(py::module_& m);  // plan.cpp
+
+}  // namespace fastcl

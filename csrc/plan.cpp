@@ -1,0 +1,175 @@
+// fastcl._C.Plan: an optimizer's step over entries that Python has gathered and checked (csrc/masked_grad/steps.h).
+// From step to step it only looks whether everything is still what it was then, and where the gradients are now. In
+// Python the same takes longer than the step of a small network: between the kernels, which sweep the caches, each
+// of the interpreter's own lines comes from memory.
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "exchange.h"
+#include "masked_grad/steps.h"
+
+namespace fastcl {
+namespace {
+
+using Kernel = void (*)(StepEntry* entries, int64_t n, const void* options);
+
+class Plan {
+ public:
+  // `used`: options that decide which state there is; `numbers` and `flags`: those of the kernel's struct, in order.
+  // `watched`: tensors whose versions count. Keeps no object alive, which the collector could not see: its owner does.
+  Plan(const py::object& api, const py::object& grad, const py::object& version, const py::tuple& used,
+       const py::tuple& numbers, const py::tuple& flags, const py::list& watched, uintptr_t kernel, uintptr_t entries,
+       const py::list& groups, const py::dict& state)
+      : borrow_(borrow_of(api)),
+        grad_(grad),
+        version_(version),
+        used_(used),
+        numbers_(numbers),
+        flags_(flags),
+        kernel_(reinterpret_cast<Kernel>(kernel)),
+        entries_(reinterpret_cast<StepEntry*>(entries)) {
+    for (const py::handle tensor : watched) watched_.push_back(tensor.ptr());
+    recording_ = true;
+    if (!walk(groups, state)) throw py::value_error("a gradient is not what a plan can hold");
+    recording_ = false;
+  }
+
+  // One step, or false where something is no longer what it was: nothing has been done then.
+  bool run(const py::list& groups, const py::dict& state) {
+    at_ = 0;
+    try {
+      if (!walk(groups, state) || at_ != words_.size()) return false;
+    } catch (py::error_already_set&) {  // a sparse gradient, a group without params: the caller says what is wrong
+      return false;
+    }
+    std::vector<std::vector<int64_t>> options;
+    for (const py::handle group : groups) options.push_back(options_of(group));
+    const py::gil_scoped_release release;
+    StepEntry* first = entries_;
+    for (size_t g = 0; g < options.size(); ++g) {
+      kernel_(first, counts_[g], options[g].data());
+      for (const StepEntry* end = first + counts_[g]; first < end; ++first) first->first = 0;
+    }
+    return true;
+  }
+
+ private:
+  // Everything that may not change, in a fixed order: written down first, compared afterwards.
+  bool walk(const py::list& groups, const py::dict& state) {
+    StepEntry* entry = entries_;
+    if (!word(int64_t(groups.size()))) return false;
+    for (size_t g = 0; g < groups.size(); ++g) {
+      const auto group = py::reinterpret_borrow<py::dict>(groups[g]);
+      const StepEntry* before = entry;
+      if (!object(group)) return false;
+      for (const py::handle name : used_)
+        if (!word(PyObject_IsTrue(item(group, name).ptr()))) return false;
+      const py::tuple params(item(group, params_));
+      if (!word(int64_t(params.size()))) return false;
+      for (const py::handle param : params)
+        if (!object(param) || !tensor(param) || !gradient(param, &entry)) return false;
+      if (recording_) counts_.push_back(entry - before);
+    }
+    const auto keys = py::reinterpret_steal<py::list>(PyDict_Keys(state.ptr()));
+    const auto values = py::reinterpret_steal<py::list>(PyDict_Values(state.ptr()));
+    if (!word(int64_t(keys.size()))) return false;
+    for (size_t k = 0; k < keys.size(); ++k) {
+      const auto of_param = py::reinterpret_steal<py::list>(PyDict_Values(values[k].ptr()));
+      if (!of_param) throw py::error_already_set();
+      if (!object(keys[k]) || !word(int64_t(of_param.size()))) return false;
+      for (const py::handle slot : of_param)
+        if (!object(slot) || !(slot.is_none() || tensor(slot))) return false;
+    }
+    for (PyObject* mask : watched_)
+      if (!word(PyLong_AsLongLong(version_.of(mask).ptr()))) return false;
+    return true;
+  }
+
+  bool word(int64_t value) {
+    if (!recording_) return at_ < words_.size() && words_[at_++] == value;
+    words_.push_back(value);
+    return true;
+  }
+  bool object(py::handle h) { return word(reinterpret_cast<int64_t>(h.ptr())); }
+  bool form(const DLTensor& t) {
+    bool same = true;
+    t.form([&](int64_t x) { same = word(x) && same; });
+    return same;
+  }
+  bool tensor(py::handle h) {
+    DLTensor t{};
+    const bool has_address = borrow_(h.ptr(), &t) == 0;
+    if (!has_address) PyErr_Clear();  // another thing that somebody keeps in the state: what it is says which
+    return word(has_address) && (!has_address || (word(t.address()) && form(t)));
+  }
+  // Its memory may be another every time, and goes into the entry.
+  bool gradient(py::handle param, StepEntry** entry) {
+    const py::object grad = grad_.of(param);
+    if (!word(!grad.is_none())) return false;
+    if (grad.is_none()) return true;
+    DLTensor t{};
+    if (borrow_(grad.ptr(), &t) != 0) throw py::error_already_set();
+    const auto negated = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(grad.ptr(), is_neg_.ptr()));
+    if (!negated) throw py::error_already_set();
+    if (negated.ptr() == Py_True || !object(py::type::handle_of(grad)) || !form(t)) return false;
+    (*entry)++->grad = reinterpret_cast<const void*>(t.address());
+    return true;
+  }
+
+  static py::object item(const py::dict& group, py::handle name) {
+    auto found = py::reinterpret_steal<py::object>(PyObject_GetItem(group.ptr(), name.ptr()));
+    if (!found) throw py::error_already_set();
+    return found;
+  }
+
+  std::vector<int64_t> options_of(py::handle group) const {
+    std::vector<int64_t> words;
+    const auto add = [&](py::handle number) {
+      const double value = PyFloat_AsDouble(number.ptr());
+      if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+      words.emplace_back();
+      std::memcpy(&words.back(), &value, sizeof value);
+    };
+    const auto of_group = py::reinterpret_borrow<py::dict>(group);
+    for (const py::handle name : numbers_) {
+      const py::object number = item(of_group, name);
+      if (!PyTuple_Check(number.ptr()) && !PyList_Check(number.ptr())) {
+        add(number);
+        continue;
+      }
+      for (const py::handle each : py::tuple(number)) add(each);  // betas
+    }
+    for (const py::handle name : flags_) {
+      const int truth = PyObject_IsTrue(item(of_group, name).ptr());
+      if (truth < 0) throw py::error_already_set();
+      words.push_back(truth);
+    }
+    return words;
+  }
+
+  const Borrow borrow_;
+  const Attribute grad_, version_;
+  const py::tuple used_, numbers_, flags_;  // of strings: no cycle goes through them
+  const py::str params_{"params"}, is_neg_{"is_neg"};
+  const Kernel kernel_;
+  StepEntry* const entries_;
+  std::vector<PyObject*> watched_;
+  std::vector<int64_t> counts_;  // entries of each group
+  std::vector<int64_t> words_;
+  size_t at_ = 0;
+  bool recording_ = false;
+};
+
+}  // namespace
+
+void bind_plan(py::module_& m) {
+  py::class_<Plan>(m, "Plan", "An optimizer's step by addresses, as long as they hold.")
+      .def(py::init<const py::object&, const py::object&, const py::object&, const py::tuple&, const py::tuple&,
+                    const py::tuple&, const py::list&, uintptr_t, uintptr_t, const py::list&, const py::dict&>(),
+           py::arg("api"), py::arg("grad"), py::arg("version"), py::arg("used"), py::arg("numbers"), py::arg("flags"),
+           py::arg("watched"), py::arg("kernel"), py::arg("entries"), py::arg("groups"), py::arg("state"))
+      .def("run", &Plan::run, "One step, or False where something is no longer what it was.");
+}
+
+}  // namespace fastcl
