@@ -94,7 +94,7 @@ else:
         ),
         Extension(
             "fastcl._C",
-            ["csrc/module.cpp", "csrc/plan.cpp"],
+            sorted(map(str, Path("csrc").glob("*.cpp"))),
             include_dirs=[pybind11.get_include()],
             extra_compile_args=target,
             define_macros=[("FASTCL_TORCH_HEADERS", f'"{torch.__version__}"')],

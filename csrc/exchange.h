@@ -79,6 +79,7 @@ class Attribute {
   void* closure_;
 };
 
-void bind_plan(py::module_& m);  // plan.cpp
+void bind_plan(py::module_& m);          // plan.cpp
+void bind_direct_calls(py::module_& m);  // direct_calls.cpp
 
 }  // namespace fastcl

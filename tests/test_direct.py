@@ -68,9 +68,9 @@ CASES: dict[str, tuple[Callable[..., None], _direct.Direct, Callable[[torch.dtyp
 
 
 @pytest.fixture(autouse=True)
-def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def forgotten() -> None:
     for _, direct, _, _ in CASES.values():
-        monkeypatch.setattr(direct, "known", [])
+        direct.calls.forget()
 
 
 def no_dispatch(monkeypatch: pytest.MonkeyPatch, direct: _direct.Direct) -> None:
@@ -115,7 +115,7 @@ def test_shared_memory_is_refused_in_a_known_form(case: str) -> None:
     with pytest.raises(ValueError, match="shares memory"):
         op(*lists, *numbers)
     assert equal(lists, before)
-    assert len(direct.known) == 1
+    assert direct.calls.known() == 1
 
 
 @pytest.mark.parametrize("value", [1.5, -0.1, float("nan")])
@@ -218,7 +218,7 @@ def test_forms_that_are_not_plain_are_not_kept(odd: Callable[[torch.Tensor], tor
     for _ in range(3):
         ops.masked_grad_(grads, [mask])
     assert torch.equal(grads[0].as_subclass(torch.Tensor), want)
-    assert not _direct_masked_grad_.known
+    assert _direct_masked_grad_.calls.known() == 0
 
 
 def test_a_memory_order_that_all_share_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,7 +273,7 @@ def test_only_a_few_forms_are_kept() -> None:
     for n in range(1, 12):
         for _ in range(2):
             ops.masked_grad_([torch.ones(n)], [torch.zeros(n, dtype=torch.bool)])
-    assert len(_direct_masked_grad_.known) == _direct.KNOWN
+    assert _direct_masked_grad_.calls.known() == 4
 
 
 def test_from_several_threads() -> None:

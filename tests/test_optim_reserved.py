@@ -8,14 +8,12 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from fastcl import ops
-from fastcl._ops import extension
 from fastcl.ops import _direct
 from fastcl.optim import MaskedAdam, MaskedSGD, protect
 
@@ -31,47 +29,6 @@ CHANGES: dict[str, Callable[[Any, Any], None]] = {
     "group's list": lambda o, p: o.param_groups.__setitem__(0, dict(o.param_groups[0])),
     "learning rate": lambda o, p: o.param_groups[0].update(lr=0.7, betas=(0.1, 0.2)),
 }
-
-
-needs_extension = pytest.mark.skipif(not _direct.available, reason="this torch has no C exchange API, or no kernels")
-
-
-def describe(tensors: list[Any], n: int = 0) -> tuple[bytes, bytes, bytes]:
-    return extension.describe_plain(_direct.exchange, tensors, _direct.PLAIN, _direct._requires_grad, n)
-
-
-OTHERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "address": torch.clone,
-    "offset": lambda t: torch.cat([t, t])[1 : 1 + len(t)],
-    "shape": lambda t: t[:3],
-    "another shape of as many": lambda t: t.reshape(2, 12),
-    "strides": lambda t: t.as_strided((4, 6), (1, 4)),
-    "dtype": lambda t: t.view(torch.int32),
-}
-
-
-@needs_extension
-@pytest.mark.parametrize("other", OTHERS)
-def test_what_is_different_is_described_differently(other: str) -> None:
-    t, same = torch.randn(4, 6), torch.ones(3)
-    addresses, forms, objects = described = describe([same, t.requires_grad_()])
-    assert described == describe([same, t])
-    assert (addresses, forms) == (other_object := describe([same, t.detach()]))[:2]
-    assert objects != other_object[2]
-    assert np.frombuffer(addresses, np.int64).tolist() == [same.data_ptr(), t.data_ptr()]
-    changed = describe([same, OTHERS[other](t.detach())])
-    assert changed[:2] != described[:2]
-    assert (changed[1] == forms) == (other in ("address", "offset"))
-
-
-@needs_extension
-def test_what_is_not_described() -> None:
-    with pytest.raises((TypeError, RuntimeError, BufferError)):
-        describe([torch.ones(3), torch.eye(3).to_sparse()])
-    assert describe([torch.ones(3), None]) is None
-    tracked = [torch.ones(3), nn.Parameter(torch.ones(3))]
-    assert describe(tracked, 1) is not None
-    assert describe(tracked, 2) is None
 
 
 @pytest.mark.parametrize("plans", [True, False])

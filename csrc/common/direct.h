@@ -1,16 +1,12 @@
-// List ops without a dispatcher: fastcl/ops/_direct.py calls an entry with the addresses of plain tensors (CPU, without
+// List ops without a dispatcher: csrc/direct_calls.cpp calls an entry with the addresses of plain tensors (CPU, without
 // gaps, all of an index in one memory order) whose forms have passed the op's own checks before. An entry looks at what
 // forms do not tell, before it writes; where it finds something wrong it returns 1, and the op itself says what.
 #pragma once
 #include "cpu.h"
+#include "direct_lists.h"
 #include "export.h"
 
 namespace fastcl {
-
-struct DirectLists {  // class _Lists of _direct.py
-  int64_t n, lists, mutated;
-  const int64_t *numels, *dtypes;  // [lists][n]; dtypes by torch's numbers
-};
 
 class Direct {
  public:
