@@ -136,7 +136,8 @@ Aligned<T> aligned(int64_t n) {
   return Aligned<T>(static_cast<T*>(::operator new(static_cast<size_t>(n) * sizeof(T), std::align_val_t(64))));
 }
 
-inline void prefetch(const void* at) {  // the line that will be written there; only a hint
+// Hints. Inlined whatever else: gcc leaves out the call of a function that does nothing but hint.
+FASTCL_HD void prefetch(const void* at) {  // the line that will be written there
 #ifdef __GNUC__
   __builtin_prefetch(at, 1);
 #else
@@ -144,7 +145,7 @@ inline void prefetch(const void* at) {  // the line that will be written there; 
 #endif
 }
 
-inline void prefetch_read(const void* at) {
+FASTCL_HD void prefetch_read(const void* at) {
 #ifdef __GNUC__
   __builtin_prefetch(at);
 #else
@@ -153,7 +154,7 @@ inline void prefetch_read(const void* at) {
 }
 
 // The line that will be read or written in a while: not into the first cache.
-inline void prefetch_later(const void* at) {
+FASTCL_HD void prefetch_later(const void* at) {
 #ifdef __GNUC__
   __builtin_prefetch(at, 0, 2);
 #else
