@@ -1,11 +1,13 @@
 // gmm_log_prob: log N(x | mu_k, L_k L_k^T) for every sample and component. y = L^-1 (x - mu) is a product of tiles with
 // the inverse factor, which is taken once a component in double. gmm_responsibilities: the mixture's density and the
 // components' shares of it, EM's E-step, while a block's log densities lie in the cache.
+#include <atomic>
 #include <cmath>
 
 #include "../common/lanes.h"
 #include "../common/transpose.h"
 #include "blocks.h"
+#include "deviations.h"
 #include "math.h"
 
 namespace fastcl {
@@ -20,9 +22,10 @@ struct Shift {  // to[j][s] = x[j][s] - mu[j]
   }
 };
 
-// Samples side by side where there is no factor: their sums, a known number, stay in registers.
+// Samples side by side where there is no factor: their sums, six registers of the widest, stay there.
+constexpr int kVectors = 6;
 template <class T>
-constexpr int64_t kLanes = 192 / sizeof(T);
+constexpr int64_t kLanes = kVectors * 64 / sizeof(T);
 
 // Of a near component y is taken as x inverse - mu inverse, two operations a number instead of three. That rounds mu
 // inverse, by at most kNear units of the last place of 1; x and mu count from the components' middle.
@@ -40,19 +43,26 @@ struct Ahead {
   }
 };
 constexpr int64_t kFeaturesAhead = 4;  // so many for a step of Ahead
-constexpr int kAtOnce = 8;             // components: 24 sums in 32 registers
+constexpr int kAtOnce = 4;             // components: 24 sums in 32 registers
 
 // logs[c][s] = constant[c] - sum_j y^2 / 2, y = (x[j][s] - at[c][j]) inverse[c][j], or near: x[j][s] inverse[c][j] -
-// at[c][j]. Several components at once where registers are many: each sum waits for its last addition.
+// at[c][j]. Several components at once where registers are many: each sum waits for its last addition. Six registers of
+// samples to a component rather than three to twice as many: a broadcast serves more of them (a tenth).
 template <class T, int count, bool near>
 struct ScaledSquares {
   template <int bytes>
   struct Of {
     using Vector = typename Lanes<T, bytes / sizeof(T)>::Vector;
-    static constexpr int kWidth = bytes / sizeof(T), kVectors = kLanes<T> / kWidth;
+    static constexpr int kWidth = bytes / sizeof(T);
 
     static FASTCL_HD Ahead run(T* logs, const T* x, const T* at, const T* inverse, const T* constant, int64_t features,
                                Ahead ahead) {
+      for (int64_t part = 0; part < kLanes<T>; part += kVectors * kWidth)
+        ahead = some(logs + part, x + part, at, inverse, constant, features, ahead);
+      return ahead;
+    }
+    static FASTCL_HD Ahead some(T* logs, const T* x, const T* at, const T* inverse, const T* constant, int64_t features,
+                                Ahead ahead) {
       Vector sums[count][kVectors] = {};
       int64_t j = 0;
       do {  // there is one: asked first, gcc would keep the sums in memory too
@@ -88,20 +98,18 @@ void invert(std::vector<double>& inverse, const std::vector<double>& l, int64_t 
   }
 }
 
-// The log of a product: one logarithm for all factors, which took longer than all else about a component.
-class LogProduct {
- public:
-  void times(double factor) {  // positive
-    int own, carried;
-    const double mantissa = std::frexp(factor, &own);
-    mantissa_ = std::frexp(mantissa_ * mantissa, &carried);
-    exponent_ += own + carried;
+template <class T>
+struct Nearness {  // scaled[i] = (mu[i] - middle[i]) inverse[i]; whether all are near, which NaN is not
+  static FASTCL_HD bool run(T* FASTCL_RESTRICT scaled, const T* FASTCL_RESTRICT mu, const T* FASTCL_RESTRICT middle,
+                            const T* FASTCL_RESTRICT inverse, int64_t n) {
+    int64_t far = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const double y = (double(mu[i]) - double(middle[i])) * double(inverse[i]);
+      far += !(abs(y) <= kNear);
+      scaled[i] = static_cast<T>(y);
+    }
+    return far == 0;
   }
-  double log() const { return std::log(mantissa_) + double(exponent_) * 0.69314718055994530942; }
-
- private:
-  double mantissa_ = 1;
-  int64_t exponent_ = 0;
 };
 
 // Log densities [components][width] of the samples of a block, whose width this knows.
@@ -130,25 +138,24 @@ struct Density {
         middle(new T[full ? 0 : features]),
         near(components, 0),
         factors(full ? components : 0, features, tile.mr) {
-    const bool diagonal = covariance == Covariance::diagonal;
     const In* mu = static_cast<const In*>(means.const_data_ptr());
     const In* l = static_cast<const In*>(trils.const_data_ptr());
     std::vector<char> good(components, 1);
     const int64_t cost = full ? features * features * features / 6 + 1 : features;
     par_for(0, components, std::max<int64_t>(1, 32768 / cost), [&](int64_t first, int64_t last) {
       std::vector<double> factor(full ? features * features : 0), inverted(factor.size());
+      std::vector<In> own(features);
+      std::vector<T> inverses(features);
       for (int64_t k = first; k < last; ++k) {
-        LogProduct determinant;
-        for (int64_t i = 0; i < features; ++i) {
-          mean[k * features + i] = load(mu + k * features + i);
-          const double deviation = load(full       ? l + (k * features + i) * features + i
-                                        : diagonal ? l + k * features + i
-                                                   : l + k);
-          good[k] = good[k] && deviation > 0 && std::isfinite(deviation);
-          determinant.times(deviation);
-          if (!full) inverse[k * features + i] = static_cast<T>(1.0 / deviation);
-        }
-        constant[k] = static_cast<T>(-determinant.log() - 0.5 * double(features) * 1.8378770664093453);  // ln 2 pi
+        for (int64_t i = 0; i < features; ++i) mean[k * features + i] = load(mu + k * features + i);
+        const In* deviations = own.data();
+        if (covariance == Covariance::diagonal) deviations = l + k * features;
+        if (covariance == Covariance::spherical) std::fill(own.begin(), own.end(), l[k]);
+        for (int64_t i = 0; full && i < features; ++i) own[i] = l[(k * features + i) * features + i];
+        const Deviations found =
+            simd<Invert<T, In>>(full ? inverses.data() : inverse.get() + k * features, deviations, features);
+        good[k] = found.good;
+        constant[k] = static_cast<T>(-found.log - 0.5 * double(features) * 1.8378770664093453);  // ln 2 pi
         if (!full || !good[k]) continue;
         for (int64_t i = 0; i < features * features; ++i) factor[i] = load(l + k * features * features + i);
         invert(inverted, factor, features);
@@ -166,13 +173,13 @@ struct Density {
     for (int64_t k = 0; k < components; ++k)
       for (int64_t i = 0; i < features; ++i) sum[i] += mean[k * features + i];
     for (int64_t i = 0; i < features; ++i) middle[i] = static_cast<T>(sum[i] / double(components));
-    par_for(0, components, std::max<int64_t>(1, 8192 / features), [&](int64_t first, int64_t last) {
-      std::vector<double> scaled(features);
+    par_for(0, components, std::max<int64_t>(1, 262144 / features), [&](int64_t first, int64_t last) {
+      std::vector<T> scaled(features);
       for (int64_t k = first; k < last; ++k) {
-        T *mu = mean.get() + k * features, *scale = inverse.get() + k * features;
-        for (int64_t i = 0; i < features; ++i) scaled[i] = (double(mu[i]) - double(middle[i])) * double(scale[i]);
-        near[k] = std::all_of(scaled.begin(), scaled.end(), [](double y) { return std::abs(y) <= kNear; });  // not NaN
-        for (int64_t i = 0; near[k] && i < features; ++i) mu[i] = static_cast<T>(scaled[i]);
+        T* mu = mean.get() + k * features;
+        near[k] = simd<Nearness<T>>(scaled.data(), static_cast<const T*>(mu), static_cast<const T*>(middle.get()),
+                                    static_cast<const T*>(inverse.get() + k * features), features);
+        if (near[k]) std::copy(scaled.begin(), scaled.end(), mu);
       }
     });
     any_near = std::count(near.begin(), near.end(), 1) > 0;
@@ -184,22 +191,26 @@ struct Density {
   template <class F>
   void for_each(const In* x, int64_t n, const In* out, const F& body) const {
     const int64_t work = width * components * features * (full ? 1 + features / 32 : 1);
-    par_for(0, ceil_div(n, width), std::max<int64_t>(1, 131072 / work), [&](int64_t first, int64_t last) {
+    const int64_t blocks = ceil_div(n, width), at_once = std::max<int64_t>(1, 131072 / work);
+    // Whichever thread is free takes the next: where others slow one core, the rest do more.
+    std::atomic<int64_t> next{0};
+    par_for(0, std::min<int64_t>(ceil_div(blocks, at_once), 256), 1, [&](int64_t, int64_t) {
       const Aligned<T> block = aligned<T>(any_far ? features * width : 0),
                        shifted = aligned<T>(full || any_near ? features * width : 0);
       const Aligned<T> logs = aligned<T>(components * width);
-      for (int64_t b = first; b < last; ++b) {
-        const int64_t begin = b * width, samples = std::min(width, n - begin);
-        const In* rows = x + begin * features;
-        if (any_far) transpose(in_full(block.get(), samples), width, rows, features, samples, features);
-        if (any_near)
-          transpose_less(in_full(shifted.get(), samples), width, rows, features, samples, features, middle.get());
-        Ahead ahead = after(x + (begin + samples) * features, std::min(width, n - begin - samples),
-                            out + begin * components, samples);
-        for (int64_t k = 0; k < components;)
-          k += log_densities(logs.get() + k * width, k, block.get(), shifted.get(), ahead);
-        body(logs.get(), begin, samples);
-      }
+      for (int64_t first = next.fetch_add(at_once); first < blocks; first = next.fetch_add(at_once))
+        for (int64_t b = first; b < std::min(blocks, first + at_once); ++b) {
+          const int64_t begin = b * width, samples = std::min(width, n - begin);
+          const In* rows = x + begin * features;
+          if (any_far) transpose(in_full(block.get(), samples), width, rows, features, samples, features);
+          if (any_near)
+            transpose_less(in_full(shifted.get(), samples), width, rows, features, samples, features, middle.get());
+          Ahead ahead = after(x + (begin + samples) * features, std::min(width, n - begin - samples),
+                              out + begin * components, samples);
+          for (int64_t k = 0; k < components;)
+            k += log_densities(logs.get() + k * width, k, block.get(), shifted.get(), ahead);
+          body(logs.get(), begin, samples);
+        }
     });
   }
 
@@ -233,7 +244,6 @@ struct Density {
     while (alike < kAtOnce && k + alike < components && (near[k + alike] != 0) == is_near) ++alike;
     if (isa() != Isa::avx512) alike = 1;
     return alike == kAtOnce ? squares<kAtOnce, is_near>(logs, k, x, ahead)
-           : alike > 3      ? squares<4, is_near>(logs, k, x, ahead)
            : alike > 1      ? squares<2, is_near>(logs, k, x, ahead)
                             : squares<1, is_near>(logs, k, x, ahead);
   }
