@@ -192,25 +192,26 @@ struct Density {
   void for_each(const In* x, int64_t n, const In* out, const F& body) const {
     const int64_t work = width * components * features * (full ? 1 + features / 32 : 1);
     const int64_t blocks = ceil_div(n, width), at_once = std::max<int64_t>(1, 131072 / work);
-    // Whichever thread is free takes the next: where others slow one core, the rest do more.
+    // Whichever thread is free takes the next: where others slow one core, the rest do more. A step before, so that it
+    // knows what to fetch meanwhile.
     std::atomic<int64_t> next{0};
     par_for(0, std::min<int64_t>(ceil_div(blocks, at_once), 256), 1, [&](int64_t, int64_t) {
       const Aligned<T> block = aligned<T>(any_far ? features * width : 0),
                        shifted = aligned<T>(full || any_near ? features * width : 0);
       const Aligned<T> logs = aligned<T>(components * width);
-      for (int64_t first = next.fetch_add(at_once); first < blocks; first = next.fetch_add(at_once))
-        for (int64_t b = first; b < std::min(blocks, first + at_once); ++b) {
-          const int64_t begin = b * width, samples = std::min(width, n - begin);
-          const In* rows = x + begin * features;
-          if (any_far) transpose(in_full(block.get(), samples), width, rows, features, samples, features);
-          if (any_near)
-            transpose_less(in_full(shifted.get(), samples), width, rows, features, samples, features, middle.get());
-          Ahead ahead = after(x + (begin + samples) * features, std::min(width, n - begin - samples),
-                              out + begin * components, samples);
-          for (int64_t k = 0; k < components;)
-            k += log_densities(logs.get() + k * width, k, block.get(), shifted.get(), ahead);
-          body(logs.get(), begin, samples);
-        }
+      for (int64_t b = next.fetch_add(at_once), then; b < blocks; b = then) {
+        then = (b + 1) % at_once != 0 ? b + 1 : next.fetch_add(at_once);
+        const int64_t begin = b * width, samples = std::min(width, n - begin), after = then * width;
+        const In* rows = x + begin * features;
+        if (any_far) transpose(in_full(block.get(), samples), width, rows, features, samples, features);
+        if (any_near)
+          transpose_less(in_full(shifted.get(), samples), width, rows, features, samples, features, middle.get());
+        Ahead ahead =
+            fetching(x + after * features, std::clamp<int64_t>(n - after, 0, width), out + begin * components, samples);
+        for (int64_t k = 0; k < components;)
+          k += log_densities(logs.get() + k * width, k, block.get(), shifted.get(), ahead);
+        body(logs.get(), begin, samples);
+      }
     });
   }
 
@@ -220,7 +221,7 @@ struct Density {
   }
 
   // The block that comes next and the rows to write. A few components leave no time to fetch them in.
-  Ahead after(const In* read, int64_t to_read, const In* written, int64_t to_write) const {
+  Ahead fetching(const In* read, int64_t to_read, const In* written, int64_t to_write) const {
     const int64_t steps = ceil_div(features, kFeaturesAhead) * components / kAtOnce;
     const int64_t read_step = components < 48 ? 0 : to_read * features * static_cast<int64_t>(sizeof(In)) / steps;
     const int64_t write_step = components < 48 ? 0 : to_write * components * static_cast<int64_t>(sizeof(In)) / steps;
