@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from itertools import pairwise
 from typing import Any
@@ -13,11 +14,40 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from fastcl import nn, ops
 
+from .samples import WIDTHS
+
 SHAPES = [((3, 5), (3, 5)), ((4, 3, 2), (4, 1, 1)), ((4, 3, 2), (1, 3, 1)), ((2, 3), (1, 1)), ((5,), (5,)), ((), ())]
 
 
 def pair(shape: Any, of: Any, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     return torch.randn(shape, dtype=dtype, requires_grad=True), torch.randn(of, dtype=dtype, requires_grad=True)
+
+
+EDGES = [0.0, -0.0, 1e-30, 16.6, -16.6, 21.75, -21.81, -21.9, 21.9, 40.0, -1e30, 1e30, math.inf, -math.inf, math.nan]
+
+
+@pytest.mark.parametrize("form", ["none", "bool", "packed", "float"])
+@pytest.mark.parametrize("s_max", [None, 5.0])
+def test_masked_weight_of_every_width_and_embedding(form: str, s_max: float | None) -> None:
+    """By sixteens with AVX-512, where a formula of its own has the edges: 4 e = -87.3 is the exponential's last one."""
+    close = functools.partial(torch.testing.assert_close, equal_nan=True)
+    for n in [*WIDTHS, *range(20, 36)]:
+        w, e, up = torch.randn(3, n)
+        e[: len(EDGES)] = torch.tensor(EDGES)[:n]
+        r = torch.rand(n) < 0.5
+        free = (~r).double() if form != "none" else torch.ones(n, dtype=torch.float64)
+        given = {"none": None, "bool": r, "packed": ops.pack_mask(r), "float": r.float()}[form]
+        w.requires_grad_(), e.requires_grad_()
+        out, kept = ops.masked_weight_kept(w, e, 4.0, reserved=given, s_max=s_max)
+        got_w, got_e = torch.autograd.grad((out, kept), (w, e), (up, torch.tensor(0.25)))
+        close(out, ops.masked_weight(w, e, 4.0), rtol=3e-7, atol=0)
+        wide, through = e.detach().double(), up.double() * w.detach().double() + 0.25 * free
+        mask, soft = torch.sigmoid(4 * wide), torch.sigmoid(wide) * torch.sigmoid(-wide)
+        slope = 4 * mask * torch.sigmoid(-4 * wide) if s_max is None else s_max * soft
+        close(out.double(), w.double() * mask, rtol=1e-6, atol=1e-37)
+        close(got_w.double(), torch.where(free == 0, 0.0, up.double() * mask), rtol=1e-6, atol=1e-37)
+        close(got_e.double(), through * slope, rtol=3e-6, atol=1e-6)
+        close(kept.double(), (mask * free).sum(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(("shape", "of"), SHAPES)

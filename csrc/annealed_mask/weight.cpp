@@ -5,6 +5,7 @@
 
 #include "../common/masks.h"
 #include "math.h"
+#include "sixteen.h"
 
 namespace fastcl {
 namespace {
@@ -97,6 +98,39 @@ struct MaskedWeightBackward {
     some(i, n);
   }
 };
+
+// A piece of the weight, whose first element is the begin-th.
+template <bool kKept, class T>
+double forward_piece(T* out, const T* w, const T* e, const MaskView& reserved, double scale, int64_t begin, int64_t n) {
+#ifdef FASTCL_X86
+  if constexpr (std::is_same_v<T, float>) {
+    double sum = 0;
+    const auto sixteen = [&](auto kind) {
+      sum = masked_weight_avx512<decltype(kind)::value, kKept>(out, w, e, reserved, float(scale), begin, n);
+    };
+    if (isa() == Isa::avx512 && dispatch_bits(reserved.kind, sixteen)) return sum;
+  }
+#endif
+  return simd<MaskedWeight<T, kKept>>(out, w, e, reserved, scale, begin, n);
+}
+
+template <Compensation kind, class T>
+void backward_piece(T* gw, T* ge, const T* g, const T* w, const T* e, const MaskView& reserved, double scale,
+                    double s_max, double grad_kept, int64_t begin, int64_t n) {
+#ifdef FASTCL_X86
+  if constexpr (std::is_same_v<T, float> && kind != Compensation::literal) {
+    const float top = kind == Compensation::none ? 0.f : float(s_max);
+    const auto sixteen = [&](auto bits) {
+      masked_weight_backward_avx512<decltype(bits)::value>(gw, ge, g, w, e, reserved, float(scale), top,
+                                                           float(grad_kept), begin, n);
+    };
+    if (isa() == Isa::avx512 && dispatch_bits(reserved.kind, sixteen)) return;
+  }
+#endif
+  if (reserved.kind == MaskKind::none)
+    return simd<MaskedWeightBackward<T, kind, false>>(gw, ge, g, w, e, reserved, scale, s_max, grad_kept, begin, n);
+  simd<MaskedWeightBackward<T, kind, true>>(gw, ge, g, w, e, reserved, scale, s_max, grad_kept, begin, n);
+}
 
 template <class T>
 struct Scale {
@@ -237,8 +271,7 @@ Tensor masked_weight(Tensor w, Tensor e, double scale, std::optional<Tensor> res
     const T* embedding = static_cast<const T*>(problem.embedding.const_data_ptr());
     if (!problem.per_unit) {
       elements_of(out).for_each([&](size_t, int64_t begin, int64_t end, int64_t) {
-        simd<MaskedWeight<T, false>>(to + begin, from + begin, embedding + begin, MaskView(), scale, begin,
-                                     end - begin);
+        forward_piece<false>(to + begin, from + begin, embedding + begin, MaskView(), scale, begin, end - begin);
       });
       return;
     }
@@ -274,8 +307,8 @@ std::tuple<Tensor, Tensor> masked_weight_kept(Tensor w, Tensor e, double scale, 
     const T* from = static_cast<const T*>(problem.weight.const_data_ptr());
     const T* embedding = static_cast<const T*>(problem.embedding.const_data_ptr());
     all.for_each([&](size_t, int64_t begin, int64_t end, int64_t chunk) {
-      sums[chunk] += simd<MaskedWeight<T, true>>(to + begin, from + begin, embedding + begin, mask.view(), scale, begin,
-                                                 end - begin);
+      sums[chunk] +=
+          forward_piece<true>(to + begin, from + begin, embedding + begin, mask.view(), scale, begin, end - begin);
     });
   });
   double total = 0;
@@ -318,12 +351,8 @@ std::tuple<Tensor, Tensor> masked_weight_backward(Tensor grad, std::optional<Ten
       constexpr Compensation kind = decltype(kind_constant)::value;
       if (!problem.per_unit) {
         elements_of(grad_w).for_each([&](size_t, int64_t begin, int64_t end, int64_t) {
-          const auto run = [&](auto reserved_constant) {
-            simd<MaskedWeightBackward<T, kind, decltype(reserved_constant)::value>>(
-                gw + begin, ge + begin, g + begin, from + begin, embedding + begin, mask.view(), scale, s_max, gk,
-                begin, end - begin);
-          };
-          mask.view().kind == MaskKind::none ? run(std::false_type()) : run(std::true_type());
+          backward_piece<kind>(gw + begin, ge + begin, g + begin, from + begin, embedding + begin, mask.view(), scale,
+                               s_max, gk, begin, end - begin);
         });
         return;
       }
