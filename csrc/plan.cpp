@@ -38,6 +38,7 @@ class Plan {
   // One step, or false where something is no longer what it was: nothing has been done then.
   bool run(const py::list& groups, const py::dict& state) {
     at_ = 0;
+    grads_.clear();
     try {
       if (!walk(groups, state) || at_ != words_.size()) return false;
     } catch (py::error_already_set&) {  // a sparse gradient, a group without params: the caller says what is wrong
@@ -45,6 +46,7 @@ class Plan {
     }
     std::vector<std::vector<int64_t>> options;
     for (const py::handle group : groups) options.push_back(options_of(group));
+    const std::vector<py::object> in_use = std::move(grads_);  // whatever becomes of `grad` meanwhile
     const py::gil_scoped_release release;
     StepEntry* first = entries_;
     for (size_t g = 0; g < options.size(); ++g) {
@@ -114,6 +116,7 @@ class Plan {
     if (!negated) throw py::error_already_set();
     if (negated.ptr() == Py_True || !object(py::type::handle_of(grad)) || !form(t)) return false;
     (*entry)++->grad = reinterpret_cast<const void*>(t.address());
+    if (!recording_) grads_.push_back(grad);
     return true;
   }
 
@@ -157,6 +160,7 @@ class Plan {
   std::vector<PyObject*> watched_;
   std::vector<int64_t> counts_;  // entries of each group
   std::vector<int64_t> words_;
+  std::vector<py::object> grads_;  // during a step
   size_t at_ = 0;
   bool recording_ = false;
 };

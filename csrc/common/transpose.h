@@ -71,6 +71,18 @@ FASTCL_AVX2 inline void transpose_eight(float* to, int64_t to_stride, const floa
   _mm256_storeu_ps(to + 3 * to_stride, _mm256_shuffle_ps(b, e, 0xEE));
 }
 
+template <bool shifted>
+FASTCL_AVX2 inline void transpose_four(float* to, int64_t to_stride, const float* from, int64_t from_stride,
+                                       const float* minus) {
+  __m128 row[4];
+  for (int i = 0; i < 4; ++i) {
+    row[i] = _mm_loadu_ps(from + i * from_stride);
+    if (shifted) row[i] = _mm_sub_ps(row[i], _mm_loadu_ps(minus));
+  }
+  _MM_TRANSPOSE4_PS(row[0], row[1], row[2], row[3]);
+  for (int i = 0; i < 4; ++i) _mm_storeu_ps(to + i * to_stride, row[i]);
+}
+
 // As many whole rows of such squares as there are, of columns a multiple of 4; returns how many rows are done.
 template <bool shifted>
 FASTCL_AVX512 inline int64_t transpose_avx512(float* to, int64_t to_stride, const float* from, int64_t from_stride,
@@ -90,6 +102,10 @@ FASTCL_AVX2 inline int64_t transpose_avx2(float* to, int64_t to_stride, const fl
     for (int64_t c = 0; c < columns; c += 4)
       transpose_eight<shifted>(to + c * to_stride + r, to_stride, from + r * from_stride + c, from_stride,
                                minus + (shifted ? c : 0));
+  for (; r + 4 <= rows; r += 4)
+    for (int64_t c = 0; c < columns; c += 4)
+      transpose_four<shifted>(to + c * to_stride + r, to_stride, from + r * from_stride + c, from_stride,
+                              minus + (shifted ? c : 0));
   return r;
 }
 #endif

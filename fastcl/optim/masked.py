@@ -96,7 +96,7 @@ class MaskedStep:
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; entries with r = 1 keep every bit of parameter and state."""
-        if self._observed() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._observed():
             return self._hooked_step(closure)
         return self._step(closure)
 
