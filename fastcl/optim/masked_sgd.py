@@ -34,7 +34,7 @@ class MaskedSGD(MaskedStep, torch.optim.SGD):
             complex parameters; differentiable=True.
         RuntimeError: in ``step``: sparse gradients.
 
-    Cost of a step: 20 bytes a float32 parameter (12 without momentum) and 1/8 for bits, 4 for soft masks; 0.3 us a
+    Cost of a step: 20 bytes a float32 parameter (12 without momentum) and 1/8 for bits, 4 for soft masks; 1.3 us a
     tensor.
 
     Example:
