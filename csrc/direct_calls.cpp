@@ -42,7 +42,7 @@ class DirectCalls {
         is_leaf_(is_leaf),
         grad_enabled_(grad_enabled),
         written_(written),
-        entry_(reinterpret_cast<Entry>(entry)),
+        entry_(entry),
         lists_(lists),
         mutated_(mutated),
         numbers_(numbers) {
@@ -183,7 +183,7 @@ class DirectCalls {
   int64_t run(const int64_t* addresses, const DirectLists& lists, bool same, const std::vector<double>& x) const {
     switch (x.size()) {
       case 0:
-        return entry_(addresses, &lists, same);
+        return reinterpret_cast<Entry>(entry_)(addresses, &lists, same);
       case 1:
         return reinterpret_cast<EntryOf1>(entry_)(addresses, &lists, same, x[0]);
       default:
@@ -198,7 +198,7 @@ class DirectCalls {
   std::vector<py::object> watchers_;
   const py::object written_;
   const py::str is_neg_{"is_neg"};
-  const Entry entry_;
+  const uintptr_t entry_;
   const size_t lists_, mutated_, numbers_;
   std::mutex mutex_;
   std::vector<std::shared_ptr<Known>> known_;
