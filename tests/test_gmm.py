@@ -351,3 +351,22 @@ def test_degenerate_factors_are_refused(kind: str, value: float) -> None:
     (scale.diagonal(dim1=1, dim2=2) if kind == "full" else scale)[1] = value
     with pytest.raises(ValueError, match="component 1 must have a positive, finite diagonal"):
         fastcl.ops.gmm_log_prob(torch.zeros(1, 3, dtype=torch.float64), means, scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("covariance", ["full", "diagonal", "spherical"])
+def test_blocks_of_samples_do_not_show(dtype: torch.dtype, covariance: str) -> None:
+    """Whichever thread takes a block, and where it ends: 300 samples at once are what 50 at a time are."""
+    k, d = 3, 5
+    x, means, weights = torch.randn(300, d).to(dtype), torch.randn(k, d).to(dtype), torch.ones(k).to(dtype) / k
+    deviations = torch.rand(k, d) + 0.5
+    scales = {"full": torch.diag_embed(deviations), "diagonal": deviations, "spherical": deviations[:, 0]}[covariance]
+    scales = scales.to(dtype)
+    parts = x.split(50)
+    assert torch.equal(
+        fastcl.ops.gmm_log_prob(x, means, scales), torch.cat([fastcl.ops.gmm_log_prob(p, means, scales) for p in parts])
+    )
+    whole = fastcl.ops.gmm_responsibilities(x, weights, means, scales)
+    pieces = zip(*(fastcl.ops.gmm_responsibilities(p, weights, means, scales) for p in parts), strict=True)
+    for a, b in zip(whole, pieces, strict=True):
+        assert torch.equal(a, torch.cat(b))
