@@ -69,7 +69,7 @@ class DirectCalls {
       const std::lock_guard<std::mutex> lock(mutex_);
       known->last = std::move(now.which);
     }
-    for (size_t k = 0; k < mutated_; ++k) answer(PyObject_CallOneArg(written_.ptr(), args[k].ptr()));
+    for (size_t k = 0; k < mutated_; ++k) made(PyObject_CallOneArg(written_.ptr(), args[k].ptr()));
     return Done::yes;
   }
 
@@ -100,17 +100,14 @@ class DirectCalls {
   }
 
  private:
-  static py::object answer(PyObject* answered) {  // not through pybind's calls, which make a tuple first
-    if (answered == nullptr) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(answered);
-  }
+  // Not through pybind's calls, which make a tuple first.
   static bool says_yes(const py::object& f) {
-    const int truth = PyObject_IsTrue(answer(PyObject_CallNoArgs(f.ptr())).ptr());
+    const int truth = PyObject_IsTrue(made(PyObject_CallNoArgs(f.ptr())).ptr());
     if (truth < 0) throw py::error_already_set();
     return truth != 0;
   }
   bool is_negated(const py::object& t) const {
-    return answer(PyObject_CallMethodNoArgs(t.ptr(), is_neg_.ptr())).ptr() == Py_True;
+    return made(PyObject_CallMethodNoArgs(t.ptr(), is_neg_.ptr())).ptr() == Py_True;
   }
 
   // False where there is none, or an argument is no list as long as the first.
@@ -124,8 +121,7 @@ class DirectCalls {
       if (k == 0) tensors->reserve(lists_ * (n = size));
       if (size != n) return false;
       for (size_t i = 0; i < n; ++i) {
-        tensors->push_back(py::reinterpret_steal<py::object>(PySequence_GetItem(list, static_cast<Py_ssize_t>(i))));
-        if (!tensors->back()) throw py::error_already_set();
+        tensors->push_back(made(PySequence_GetItem(list, static_cast<Py_ssize_t>(i))));
       }
     }
     return n > 0;

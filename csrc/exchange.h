@@ -59,6 +59,12 @@ inline Borrow borrow_of(const py::object& api) {
   return exchange->borrow_from_python;
 }
 
+// What a call of Python's C API has made, or its error.
+inline py::object made(PyObject* object) {
+  if (object == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(object);
+}
+
 // An attribute of tensors that C computes (requires_grad, grad, _version), by its descriptor.
 class Attribute {
  public:
@@ -68,11 +74,7 @@ class Attribute {
     get_ = getset->get;
     closure_ = getset->closure;
   }
-  py::object of(py::handle tensor) const {
-    auto found = py::reinterpret_steal<py::object>(get_(tensor.ptr(), closure_));
-    if (!found) throw py::error_already_set();
-    return found;
-  }
+  py::object of(py::handle tensor) const { return made(get_(tensor.ptr(), closure_)); }
 
  private:
   getter get_;

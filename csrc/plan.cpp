@@ -73,12 +73,10 @@ class Plan {
         if (!object(param) || !tensor(param) || !gradient(param, &entry)) return false;
       if (recording_) counts_.push_back(entry - before);
     }
-    const auto keys = py::reinterpret_steal<py::list>(PyDict_Keys(state.ptr()));
-    const auto values = py::reinterpret_steal<py::list>(PyDict_Values(state.ptr()));
+    const py::list keys = made(PyDict_Keys(state.ptr())), values = made(PyDict_Values(state.ptr()));
     if (!word(int64_t(keys.size()))) return false;
     for (size_t k = 0; k < keys.size(); ++k) {
-      const auto of_param = py::reinterpret_steal<py::list>(PyDict_Values(values[k].ptr()));
-      if (!of_param) throw py::error_already_set();
+      const py::list of_param = made(PyDict_Values(values[k].ptr()));
       if (!object(keys[k]) || !word(int64_t(of_param.size()))) return false;
       for (const py::handle slot : of_param)
         if (!object(slot) || !(slot.is_none() || tensor(slot))) return false;
@@ -112,8 +110,7 @@ class Plan {
     if (grad.is_none()) return true;
     DLTensor t{};
     if (borrow_(grad.ptr(), &t) != 0) throw py::error_already_set();
-    const auto negated = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(grad.ptr(), is_neg_.ptr()));
-    if (!negated) throw py::error_already_set();
+    const py::object negated = made(PyObject_CallMethodNoArgs(grad.ptr(), is_neg_.ptr()));
     if (negated.ptr() == Py_True || !object(py::type::handle_of(grad)) || !form(t)) return false;
     (*entry)++->grad = reinterpret_cast<const void*>(t.address());
     if (!recording_) grads_.push_back(grad);
@@ -121,9 +118,7 @@ class Plan {
   }
 
   static py::object item(const py::dict& group, py::handle name) {
-    auto found = py::reinterpret_steal<py::object>(PyObject_GetItem(group.ptr(), name.ptr()));
-    if (!found) throw py::error_already_set();
-    return found;
+    return made(PyObject_GetItem(group.ptr(), name.ptr()));
   }
 
   std::vector<int64_t> options_of(py::handle group) const {

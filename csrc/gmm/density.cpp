@@ -191,12 +191,12 @@ struct Density {
   template <class F>
   void for_each(const In* x, int64_t n, const In* out, const F& body) const {
     const int64_t work = width * components * features * (full ? 1 + features / 32 : 1);
-    const int64_t blocks = ceil_div(n, width);
 #ifdef FASTCL_SMALL_GRAIN
-    const int64_t at_once = work > 0;
+    constexpr int64_t kWork = 1;  // the tests' few blocks go to several threads too
 #else
-    const int64_t at_once = std::max<int64_t>(1, 131072 / work);
+    constexpr int64_t kWork = 131072;
 #endif
+    const int64_t blocks = ceil_div(n, width), at_once = std::max<int64_t>(1, kWork / work);
     // Whichever thread is free takes the next: where others slow one core, the rest do more. A step before, so that it
     // knows what to fetch meanwhile.
     std::atomic<int64_t> next{0};

@@ -24,7 +24,7 @@ struct Invert {  // inverse[i] = 1 / l[i]
       int64_t exponents[kWays] = {}, wrong[kWays] = {};
       for (int w = 0; w < kWays; ++w) product[w] = 1;
       const auto one = [&](int64_t i, int w) FASTCL_LAMBDA_HD {
-        // a subnormal double, which has no such mantissa, is taken times 2^54, and not for one whose inverse is finite
+        // a subnormal double has no such mantissa: taken times 2^54
         const double value = load(l + i), normal = value < 0x1p-1022 ? value * 0x1p54 : value;
         int64_t bits;
         std::memcpy(&bits, &normal, sizeof bits);
