@@ -31,7 +31,7 @@ EDGES = [0.0, -0.0, 1e-30, 16.6, -16.6, 21.75, -21.81, -21.9, 21.9, 40.0, -1e30,
 def test_masked_weight_of_every_width_and_embedding(form: str, s_max: float | None) -> None:
     """By sixteens with AVX-512, where a formula of its own has the edges: 4 e = -87.3 is the exponential's last one."""
     close = functools.partial(torch.testing.assert_close, equal_nan=True)
-    for n in [*WIDTHS, *range(20, 36)]:
+    for n in [*WIDTHS, *range(20, 36), 128, 144, 300]:
         w, e, up = torch.randn(3, n)
         e[: len(EDGES)] = torch.tensor(EDGES)[:n]
         r = torch.rand(n) < 0.5
@@ -48,6 +48,23 @@ def test_masked_weight_of_every_width_and_embedding(form: str, s_max: float | No
         close(got_w.double(), torch.where(free == 0, 0.0, up.double() * mask), rtol=1e-6, atol=1e-37)
         close(got_e.double(), through * slope, rtol=3e-6, atol=1e-6)
         close(kept.double(), (mask * free).sum(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("form", ["none", "bool", "packed"])
+def test_gradients_past_the_caches_are_those_of_parts(form: str) -> None:
+    n = 2**23 + 16384 + 21  # from 32 MiB on they are streamed to memory
+    w, e, up = torch.randn(3, n)
+    r = torch.rand(n) < 0.5
+
+    def gradients(part: slice) -> tuple[Tensor, ...]:
+        given = {"none": None, "bool": r[part], "packed": ops.pack_mask(r[part])}[form]
+        inputs = w[part].clone().requires_grad_(), e[part].clone().requires_grad_()
+        out = ops.masked_weight(*inputs, 4.0, reserved=given, s_max=5.0)
+        return torch.autograd.grad(out, inputs, up[part])
+
+    parts = [gradients(slice(first, first + 2**22)) for first in range(0, n, 2**22)]
+    for whole, halves in zip(gradients(slice(None)), zip(*parts, strict=True), strict=True):
+        assert torch.equal(whole, torch.cat(halves))
 
 
 @pytest.mark.parametrize(("shape", "of"), SHAPES)

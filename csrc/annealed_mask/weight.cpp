@@ -106,7 +106,8 @@ double forward_piece(T* out, const T* w, const T* e, const MaskView& reserved, d
   if constexpr (std::is_same_v<T, float>) {
     double sum = 0;
     const auto sixteen = [&](auto kind) {
-      sum = masked_weight_avx512<decltype(kind)::value, kKept>(out, w, e, reserved, float(scale), begin, n);
+      const auto* bits = static_cast<const uint8_t*>(reserved.data);
+      sum = masked_weight_avx512<decltype(kind)::value, kKept>(out, w, e, bits, float(scale), begin, n);
     };
     if (isa() == Isa::avx512 && dispatch_bits(reserved.kind, sixteen)) return sum;
   }
@@ -114,15 +115,18 @@ double forward_piece(T* out, const T* w, const T* e, const MaskView& reserved, d
   return simd<MaskedWeight<T, kKept>>(out, w, e, reserved, scale, begin, n);
 }
 
+constexpr int64_t kStreamed = int64_t(32) << 20;  // bytes of a gradient from which no cache would keep it
+
 template <Compensation kind, class T>
 void backward_piece(T* gw, T* ge, const T* g, const T* w, const T* e, const MaskView& reserved, double scale,
-                    double s_max, double grad_kept, int64_t begin, int64_t n) {
+                    double s_max, double grad_kept, int64_t begin, int64_t n, bool streamed) {
 #ifdef FASTCL_X86
   if constexpr (std::is_same_v<T, float> && kind != Compensation::literal) {
     const float top = kind == Compensation::none ? 0.f : float(s_max);
-    const auto sixteen = [&](auto bits) {
-      masked_weight_backward_avx512<decltype(bits)::value>(gw, ge, g, w, e, reserved, float(scale), top,
-                                                           float(grad_kept), begin, n);
+    const auto sixteen = [&](auto of_mask) {
+      masked_weight_backward_avx512<decltype(of_mask)::value>(gw, ge, g, w, e,
+                                                              static_cast<const uint8_t*>(reserved.data), float(scale),
+                                                              top, float(grad_kept), begin, n, streamed);
     };
     if (isa() == Isa::avx512 && dispatch_bits(reserved.kind, sixteen)) return;
   }
@@ -350,9 +354,10 @@ std::tuple<Tensor, Tensor> masked_weight_backward(Tensor grad, std::optional<Ten
     dispatch_compensation(compensation, [&](auto kind_constant) {
       constexpr Compensation kind = decltype(kind_constant)::value;
       if (!problem.per_unit) {
+        const bool streamed = grad_w.numel() * int64_t(sizeof(T)) >= kStreamed;
         elements_of(grad_w).for_each([&](size_t, int64_t begin, int64_t end, int64_t) {
           backward_piece<kind>(gw + begin, ge + begin, g + begin, from + begin, embedding + begin, mask.view(), scale,
-                               s_max, gk, begin, end - begin);
+                               s_max, gk, begin, end - begin, streamed);
         });
         return;
       }

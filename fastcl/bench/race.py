@@ -14,6 +14,7 @@ import torch
 
 Call = Callable[[], Any]
 SETTLE = 0.005  # seconds: OpenMP threads of the contender before spin for a while, waiting for more
+WARM_UP = 0.02  # seconds: after that sleep a core takes about so long to run at its full speed again
 LONGEST = 120.0  # seconds of a contest's rounds, about
 
 Compiled = Callable[[Call], dict[str, Call]]  # {"torch.compile": compiled f}, or nothing where it is left out
@@ -32,8 +33,8 @@ class Contest:
 
 
 def race(contest: Contest, device: torch.device, rounds: int = 11, min_seconds: float = 2e-3) -> dict[str, float]:
-    """Median seconds of a call by contender, after `check`; in a round it is called once untimed, then until
-    `min_seconds` are over. Where calls take seconds there are fewer rounds, at least three.
+    """Median seconds of a call by contender, after `check`; in a round it is called untimed for `WARM_UP`, at
+    least once, then until `min_seconds` are over. Where calls take seconds there are fewer rounds, at least three.
 
     Raises:
         AssertionError: a contender gives another result than the others; nothing is timed then.
@@ -56,7 +57,12 @@ def race(contest: Contest, device: torch.device, rounds: int = 11, min_seconds: 
     for _ in range(rounds):
         for name, call in contest.contenders.items():
             time.sleep(SETTLE)
-            call()
+            warm = time.perf_counter() + WARM_UP
+            while True:
+                call()
+                if time.perf_counter() > warm:
+                    break
+            _synchronise(device)
             times[name].append(seconds(call, repeats[name], device))
     return {name: statistics.median(values) for name, values in times.items()}
 
