@@ -112,14 +112,14 @@ FASTCL_AVX512 void masked_weight_backward_avx512(float* gw, float* ge, const flo
   int64_t i = 0;
   if (streamed && (reinterpret_cast<uintptr_t>(gw) | reinterpret_cast<uintptr_t>(ge)) % 64 == 0) {
     for (; i + 16 <= n; i += 16) {
-      for (const float* read : {g, w, e}) prefetch_read(read + i + 256);
+      for (const float* read : {g, w, e}) read_ahead<16>(read + i);
       one(i, Streamed{});
     }
     _mm_sfence();
   }
   for (; i + 16 <= n; i += 16) {
-    for (const float* read : {g, w, e}) prefetch_read(read + i + 256);
-    for (const float* written : {gw, ge}) prefetch(written + i + 256);
+    for (const float* read : {g, w, e}) read_ahead<16>(read + i);
+    for (float* written : {gw, ge}) write_ahead<16>(written + i);
     one(i, Whole{});
   }
   if (i < n) one(i, First(n - i));

@@ -10,21 +10,6 @@
 namespace fastcl {
 namespace {
 
-// Sixteen elements at a time, and their lines are asked for a while before: the exponential keeps the CPU from seeing
-// far enough ahead to do so itself (10M floats in these loops: forward 7.1 -> 6.2 ms, backward 8.6 -> 8.0).
-constexpr size_t kAheadBytes = 1024;
-
-template <class T>
-FASTCL_HD void read_soon(const T* at) {
-  for (size_t line = 0; line < kLanes * sizeof(T); line += 64)
-    prefetch_read(reinterpret_cast<const char*>(at) + kAheadBytes + line);
-}
-template <class T>
-FASTCL_HD void write_soon(T* at) {
-  for (size_t line = 0; line < kLanes * sizeof(T); line += 64)
-    prefetch(reinterpret_cast<const char*>(at) + kAheadBytes + line);
-}
-
 // out = w o m; with `kept`, the sum of m (1 - r) is returned (eq. 5's numerator).
 template <class T, bool kKept>
 struct MaskedWeight {
@@ -45,9 +30,9 @@ struct MaskedWeight {
       };
       int64_t i = 0;
       for (; i + kLanes <= m; i += kLanes) {
-        read_soon(w + at + i);
-        read_soon(e + at + i);
-        write_soon(out + at + i);
+        read_ahead<kLanes>(w + at + i);
+        read_ahead<kLanes>(e + at + i);
+        write_ahead<kLanes>(out + at + i);
         for (int l = 0; l < kLanes; ++l) one(i + l, l);
       }
       for (; i < m; ++i) one(i, static_cast<int>(i % kLanes));
@@ -88,11 +73,11 @@ struct MaskedWeightBackward {
     };
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
-      read_soon(g + i);
-      read_soon(w + i);
-      read_soon(e + i);
-      write_soon(gw + i);
-      write_soon(ge + i);
+      read_ahead<kLanes>(g + i);
+      read_ahead<kLanes>(w + i);
+      read_ahead<kLanes>(e + i);
+      write_ahead<kLanes>(gw + i);
+      write_ahead<kLanes>(ge + i);
       some(i, i + kLanes);
     }
     some(i, n);

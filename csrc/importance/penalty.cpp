@@ -37,8 +37,12 @@ struct PenaltyGrad {
       store(g + i, add ? load(g + i) + slope : slope);
     };
     int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes)
+    for (; i + kLanes <= n; i += kLanes) {
+      write_ahead<kLanes>(g + i);
+      for (const T* read : {p, a}) read_ahead<kLanes>(read + i);
+      read_ahead<kLanes>(f + i);
       for (int l = 0; l < kLanes; ++l) step(i + l, l);
+    }
     for (; i < n; ++i) step(i, static_cast<int>(i % kLanes));
     return sum_lanes(lane);
   }

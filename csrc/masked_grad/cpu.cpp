@@ -22,9 +22,7 @@ struct MaskedGrad<T, uint8_t> {
       const Alike block = alike(r + at);
       if (block == Alike::reserved) std::memset(g + at, 0, kAlike * sizeof(T));
       if (block != Alike::no) continue;
-      // A page ahead: the CPU's own prefetching ends with each page (10M weights: 1.8 -> 1.7 ms).
-      const char* ahead = reinterpret_cast<const char*>(g + at) + 4096;
-      for (size_t line = 0; line < kAlike * sizeof(T); line += 64) prefetch(ahead + line);
+      write_ahead<kAlike>(g + at);
       for (int64_t i = at; i < at + kAlike; ++i) store(g + i, masked_grad_bits(load(g + i), r[i]));
     }
     for (int64_t i = at; i < n; ++i) store(g + i, masked_grad_bits(load(g + i), r[i]));
