@@ -17,3 +17,9 @@ def test_masked_grad(play: Callable, compiled: Callable, device, shapes, mask: s
 @pytest.mark.parametrize("kind", ["Adam", "SGD momentum"])
 def test_masked_step(play: Callable, device, shapes, kind: str) -> None:
     play(workloads.masked_step(device, shapes, kind))
+
+
+@pytest.mark.parametrize("kind", ["Adam", "SGD momentum"])
+@pytest.mark.parametrize("network", ["generator 1.1M", "MLP 10M"])
+def test_step_in_training(play: Callable, device, network: str, kind: str) -> None:
+    play(workloads.step_in_training(device, network, kind))

@@ -55,9 +55,12 @@ def contest(benchmark: Any, device: torch.device, request: pytest.FixtureRequest
     """contest({"fastcl": f, "eager": g, ...}, check=..., floor=seconds) -> median seconds by name."""
 
     def run(
-        contenders: dict[str, Call], check: Callable[[dict[str, Call]], None], floor: float | None = None
+        contenders: dict[str, Call],
+        check: Callable[[dict[str, Call]], None],
+        floor: float | None = None,
+        before: dict[str, Call] | None = None,
     ) -> dict[str, float]:
-        medians = race(Contest(contenders, check), device, ROUNDS, MIN_SECONDS)
+        medians = race(Contest(contenders, check, before=before or {}), device, ROUNDS, MIN_SECONDS)
         if floor is not None:
             medians["floor"] = floor
         benchmark.extra_info["medians"] = medians
@@ -79,7 +82,7 @@ def play(contest: Callable[..., Any], copy_rate: Callable[..., float], device: t
 
     def run(given: Contest) -> dict[str, float]:
         floor = None if given.n_bytes is None else given.n_bytes / copy_rate(device, given.n_bytes)
-        return contest(given.contenders, given.check, floor=floor)
+        return contest(given.contenders, given.check, floor, given.before)
 
     return run
 

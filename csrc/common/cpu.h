@@ -153,18 +153,16 @@ FASTCL_HD void prefetch_read(const void* at) {
 #endif
 }
 
-// What a loop over large arrays needs next: the lines of `count` elements, two KiB further on. Past the second cache a
-// CPU does not see as far by itself, least of all past the end of a page.
-constexpr size_t kAheadBytes = 2048;
+// The lines of `count` elements, two KiB further on: past a page's end a CPU does not look ahead by itself.
 template <int64_t count, class T>
 FASTCL_HD void read_ahead(const T* x) {
-  for (size_t byte = 0; byte < count * sizeof(T); byte += 64)
-    prefetch_read(reinterpret_cast<const char*>(x) + kAheadBytes + byte);
+  const char* from = reinterpret_cast<const char*>(x) + 2048;
+  for (size_t byte = 0; byte < count * sizeof(T); byte += 64) prefetch_read(from + byte);
 }
 template <int64_t count, class T>
 FASTCL_HD void write_ahead(T* x) {
-  for (size_t byte = 0; byte < count * sizeof(T); byte += 64)
-    prefetch(reinterpret_cast<const char*>(x) + kAheadBytes + byte);
+  const char* from = reinterpret_cast<const char*>(x) + 2048;
+  for (size_t byte = 0; byte < count * sizeof(T); byte += 64) prefetch(from + byte);
 }
 
 // The line that will be read or written in a while: not into the first cache.

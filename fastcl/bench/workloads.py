@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -152,6 +153,67 @@ def masked_step(device: torch.device, shapes: Shapes, kind: str = "Adam") -> Con
         f"torch {kind}, no mask": plain[1].step,
     }
     return Contest(contenders, check, sum(r.numel() for r in reserved) * (29 if kind == "Adam" else 21))
+
+
+def _network(name: str) -> tuple[nn.Sequential, tuple[int, ...]]:
+    """A network and the shape of a batch for it."""
+    if name == "MLP 10M":
+        wide = [layer for _ in range(2) for layer in (nn.Linear(2048, 2048), nn.ReLU())]
+        return nn.Sequential(nn.Linear(784, 2048), nn.ReLU(), *wide, nn.Linear(2048, 10)), (64, 784)
+    layers: list[nn.Module] = [nn.ConvTranspose2d(100, 256, 4), nn.BatchNorm2d(256), nn.ReLU()]
+    for a, b in pairwise((256, 128, 64)):
+        layers += [nn.ConvTranspose2d(a, b, 4, 2, 1), nn.BatchNorm2d(b), nn.ReLU()]
+    return nn.Sequential(*layers, nn.ConvTranspose2d(64, 1, 4, 2, 1)), (8, 100, 1, 1)
+
+
+def step_in_training(device: torch.device, network: str, kind: str = "Adam") -> Contest:
+    """The step alone, each time after a forward and backward pass of the network that it trains."""
+    torch.manual_seed(0)
+    start, shape = _network(network)
+    x, state = torch.randn(shape, device=device), start.state_dict()
+    reserved = [half_of(p.shape, device, units=False) for p in start.parameters()]
+
+    def model() -> nn.Sequential:
+        own = _network(network)[0]
+        own.load_state_dict(state)
+        return own.to(device)
+
+    def theirs(own: nn.Module, **options: bool) -> torch.optim.Optimizer:
+        if kind == "Adam":
+            return torch.optim.Adam(own.parameters(), 1e-4, **options)
+        return torch.optim.SGD(own.parameters(), 1e-4, momentum=0.9, **options)
+
+    def mine(own: nn.Module) -> torch.optim.Optimizer:
+        masks = dict(zip(own.parameters(), reserved, strict=True))
+        if kind == "Adam":
+            return optim.MaskedAdam(masks, 1e-4, reserved=masks)
+        return optim.MaskedSGD(masks, 1e-4, momentum=0.9, reserved=masks)
+
+    models = {name: model() for name in ("fastcl", "torch fused, no mask", f"eager mask + torch {kind}")}
+    fast, fused, default = models.values()
+    plain = theirs(default)
+
+    def eager() -> None:
+        for p, r in zip(default.parameters(), reserved, strict=True):
+            p.grad.mul_(1 - r.float())  # type: ignore[union-attr]
+        plain.step()
+
+    def passes(own: nn.Module) -> None:
+        own.zero_grad()
+        own(x).square().mean().backward()
+
+    before: dict[str, Call] = {name: partial(passes, own) for name, own in models.items()}
+
+    def check(contenders: dict[str, Call]) -> None:
+        for name, call in contenders.items():
+            before[name]()
+            call()
+        for p, want, s, r in zip(fast.parameters(), fused.parameters(), start.parameters(), reserved, strict=True):
+            close(p.detach()[r], s.detach().to(device)[r], rtol=0, atol=0)  # not a bit has moved
+            close(p.detach()[~r], want.detach()[~r], rtol=1e-4, atol=1e-5)
+
+    steps = (mine(fast).step, theirs(fused, fused=True).step, eager)
+    return Contest(dict(zip(models, steps, strict=True)), check, before=before)
 
 
 def masked_weight(device: torch.device, compiled: Compiled, n: int) -> Contest:
