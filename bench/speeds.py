@@ -49,6 +49,12 @@ ROWS = [
     ("`MaskedAdam` step, bool mask, 9.9M", "cpu.md", "masked_step[DCGAN-9.9M-Adam]", [EAGER_ADAM, FUSED_ADAM]),
     ("the same, 200 tensors of 16", "cpu.md", "masked_step[200-tiny-tensors-Adam]", [EAGER_ADAM, FUSED_ADAM]),
     (
+        "the same after a pass of its network, 10M",
+        "cpu.md",
+        "step_in_training[MLP 10M-Adam]",
+        [EAGER_ADAM, FUSED_ADAM],
+    ),
+    (
         "`masked_grad_`, bool mask, 9.9M",
         "cpu.md",
         "masked_grad[DCGAN-9.9M-bool]",
