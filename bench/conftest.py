@@ -82,7 +82,7 @@ def play(contest: Callable[..., Any], copy_rate: Callable[..., float], device: t
 
     def run(given: Contest) -> dict[str, float]:
         floor = None if given.n_bytes is None else given.n_bytes / copy_rate(device, given.n_bytes)
-        return contest(given.contenders, given.check, floor, given.before)
+        return contest(given.contenders, given.check, floor=floor, before=given.before)
 
     return run
 

@@ -100,7 +100,7 @@ double forward_piece(T* out, const T* w, const T* e, const MaskView& reserved, d
   return simd<MaskedWeight<T, kKept>>(out, w, e, reserved, scale, begin, n);
 }
 
-constexpr int64_t kStreamed = int64_t(32) << 20;  // bytes of a gradient from which no cache would keep it
+constexpr int64_t kStreamed = int64_t(32) << 20;  // bytes of a gradient
 
 template <Compensation kind, class T>
 void backward_piece(T* gw, T* ge, const T* g, const T* w, const T* e, const MaskView& reserved, double scale,

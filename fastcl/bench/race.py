@@ -60,14 +60,13 @@ def race(contest: Contest, device: torch.device, rounds: int = 11, min_seconds: 
         for name, call in contest.contenders.items():
             time.sleep(SETTLE)
             warm = time.perf_counter() + WARM_UP
-            while True:
+            call()
+            while time.perf_counter() < warm:
                 call()
-                if time.perf_counter() > warm:
-                    break
-            _synchronise(device)
             if (before := contest.before.get(name)) is None:
                 times[name].append(seconds(call, repeats[name], device))
-            for _ in range(3 if before else 0):
+                continue
+            for _ in range(3):
                 before()
                 times[name].append(seconds(call, 1, device))
     return {name: statistics.median(values) for name, values in times.items()}

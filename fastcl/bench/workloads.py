@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from .. import importance, ops, optim
 from .race import Call, Compiled, Contest
 
 Shapes = list[tuple[int, ...]]
+Params = Iterable[nn.Parameter]
 close = torch.testing.assert_close
 
 
@@ -82,6 +84,20 @@ def half_of(shape: tuple[int, ...], device: torch.device, *, units: bool) -> Ten
     return (torch.rand(places, device=device) > 0.5).expand(shape).contiguous()
 
 
+def torch_optimizer(kind: str, params: Params, **options: Any) -> torch.optim.Optimizer:
+    """Of the kind "Adam" or "SGD momentum"; it freezes nothing."""
+    if kind == "Adam":
+        return torch.optim.Adam(params, **{"lr": 1e-3, **options})
+    return torch.optim.SGD(params, **{"lr": 1e-2, "momentum": 0.9, **options})
+
+
+def masked_optimizer(kind: str, params: Params, masks: dict[nn.Parameter, Tensor], **options: Any) -> Any:
+    """:func:`torch_optimizer`'s counterpart with reserved weights."""
+    if kind == "Adam":
+        return optim.MaskedAdam(params, **{"lr": 1e-3, **options}, reserved=masks)
+    return optim.MaskedSGD(params, **{"lr": 1e-2, "momentum": 0.9, **options}, reserved=masks)
+
+
 def masked_step(device: torch.device, shapes: Shapes, kind: str = "Adam") -> Contest:
     """A whole optimizer step under a reserved mask, against torch's steps with and without one.
 
@@ -101,17 +117,13 @@ def masked_step(device: torch.device, shapes: Shapes, kind: str = "Adam") -> Con
 
     def theirs(**options: bool) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
         params = parameters()
-        if kind == "Adam":
-            return params, torch.optim.Adam(params, 1e-3, **options)
-        return params, torch.optim.SGD(params, 1e-2, momentum=0.9, **options)
+        return params, torch_optimizer(kind, params, **options)
 
     def mine(form: str) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
         params = parameters()
         given = {"bits": [ops.pack_mask(r) for r in reserved], "units": of_units}.get(form, reserved)
         masks = {} if form == "none" else dict(zip(params, given, strict=True))
-        if kind == "Adam":
-            return params, optim.MaskedAdam(params, 1e-3, reserved=masks)
-        return params, optim.MaskedSGD(params, 1e-2, momentum=0.9, reserved=masks)
+        return params, masked_optimizer(kind, params, masks)
 
     pairs = {form: mine(form) for form in ("bool", "bits", "units", "none")}
     plain, default, foreach, fused = theirs(), theirs(), theirs(foreach=True), theirs(fused=True)
@@ -153,67 +165,6 @@ def masked_step(device: torch.device, shapes: Shapes, kind: str = "Adam") -> Con
         f"torch {kind}, no mask": plain[1].step,
     }
     return Contest(contenders, check, sum(r.numel() for r in reserved) * (29 if kind == "Adam" else 21))
-
-
-def _network(name: str) -> tuple[nn.Sequential, tuple[int, ...]]:
-    """A network and the shape of a batch for it."""
-    if name == "MLP 10M":
-        wide = [layer for _ in range(2) for layer in (nn.Linear(2048, 2048), nn.ReLU())]
-        return nn.Sequential(nn.Linear(784, 2048), nn.ReLU(), *wide, nn.Linear(2048, 10)), (64, 784)
-    layers: list[nn.Module] = [nn.ConvTranspose2d(100, 256, 4), nn.BatchNorm2d(256), nn.ReLU()]
-    for a, b in pairwise((256, 128, 64)):
-        layers += [nn.ConvTranspose2d(a, b, 4, 2, 1), nn.BatchNorm2d(b), nn.ReLU()]
-    return nn.Sequential(*layers, nn.ConvTranspose2d(64, 1, 4, 2, 1)), (8, 100, 1, 1)
-
-
-def step_in_training(device: torch.device, network: str, kind: str = "Adam") -> Contest:
-    """The step alone, each time after a forward and backward pass of the network that it trains."""
-    torch.manual_seed(0)
-    start, shape = _network(network)
-    x, state = torch.randn(shape, device=device), start.state_dict()
-    reserved = [half_of(p.shape, device, units=False) for p in start.parameters()]
-
-    def model() -> nn.Sequential:
-        own = _network(network)[0]
-        own.load_state_dict(state)
-        return own.to(device)
-
-    def theirs(own: nn.Module, **options: bool) -> torch.optim.Optimizer:
-        if kind == "Adam":
-            return torch.optim.Adam(own.parameters(), 1e-4, **options)
-        return torch.optim.SGD(own.parameters(), 1e-4, momentum=0.9, **options)
-
-    def mine(own: nn.Module) -> torch.optim.Optimizer:
-        masks = dict(zip(own.parameters(), reserved, strict=True))
-        if kind == "Adam":
-            return optim.MaskedAdam(masks, 1e-4, reserved=masks)
-        return optim.MaskedSGD(masks, 1e-4, momentum=0.9, reserved=masks)
-
-    models = {name: model() for name in ("fastcl", "torch fused, no mask", f"eager mask + torch {kind}")}
-    fast, fused, default = models.values()
-    plain = theirs(default)
-
-    def eager() -> None:
-        for p, r in zip(default.parameters(), reserved, strict=True):
-            p.grad.mul_(1 - r.float())  # type: ignore[union-attr]
-        plain.step()
-
-    def passes(own: nn.Module) -> None:
-        own.zero_grad()
-        own(x).square().mean().backward()
-
-    before: dict[str, Call] = {name: partial(passes, own) for name, own in models.items()}
-
-    def check(contenders: dict[str, Call]) -> None:
-        for name, call in contenders.items():
-            before[name]()
-            call()
-        for p, want, s, r in zip(fast.parameters(), fused.parameters(), start.parameters(), reserved, strict=True):
-            close(p.detach()[r], s.detach().to(device)[r], rtol=0, atol=0)  # not a bit has moved
-            close(p.detach()[~r], want.detach()[~r], rtol=1e-4, atol=1e-5)
-
-    steps = (mine(fast).step, theirs(fused, fused=True).step, eager)
-    return Contest(dict(zip(models, steps, strict=True)), check, before=before)
 
 
 def masked_weight(device: torch.device, compiled: Compiled, n: int) -> Contest:
