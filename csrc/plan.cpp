@@ -2,6 +2,7 @@
 // From step to step it only looks whether everything is still what it was then, and where the gradients are now. In
 // Python the same takes longer than the step of a small network: between the kernels, which sweep the caches, each
 // of the interpreter's own lines comes from memory.
+#include <algorithm>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -17,22 +18,35 @@ using Kernel = void (*)(StepEntry* entries, int64_t n, const void* options);
 class Plan {
  public:
   // `used`: options that decide which state there is; `numbers` and `flags`: those of the kernel's struct, in order.
-  // `watched`: tensors whose versions count. Keeps no object alive, which the collector could not see: its owner does.
-  Plan(const py::object& api, const py::object& grad, const py::object& version, const py::tuple& used,
-       const py::tuple& numbers, const py::tuple& flags, const py::list& watched, uintptr_t kernel, uintptr_t entries,
+  // `watched`: tensors whose versions count; `written`: those that a step writes, for `count`. `profiling` and `hooks`,
+  // dicts, are the process's own. Keeps no other object alive, which the collector could not see: its owner does.
+  Plan(const py::object& api, const py::object& grad, const py::object& version, const py::object& count,
+       const py::object& profiling, const py::tuple& hooks, const py::tuple& used, const py::tuple& numbers,
+       const py::tuple& flags, const py::list& watched, const py::list& written, uintptr_t kernel, uintptr_t entries,
        const py::list& groups, const py::dict& state)
       : borrow_(borrow_of(api)),
         grad_(grad),
         version_(version),
+        count_(count),
+        profiling_(profiling),
+        hooks_(hooks),
         used_(used),
         numbers_(numbers),
         flags_(flags),
         kernel_(reinterpret_cast<Kernel>(kernel)),
-        entries_(reinterpret_cast<StepEntry*>(entries)) {
+        entries_(reinterpret_cast<StepEntry*>(entries)),
+        written_(written.ptr()) {
     for (const py::handle tensor : watched) watched_.push_back(tensor.ptr());
     recording_ = true;
     if (!walk(groups, state)) throw py::value_error("a gradient is not what a plan can hold");
     recording_ = false;
+  }
+
+  // One step, or false where somebody watches: the optimizer's `hooks` or the process's, or a profiler.
+  bool run_unwatched(const py::list& groups, const py::dict& state, const py::dict& before, const py::dict& after) {
+    const auto any = [](py::handle hooks) { return PyDict_Size(hooks.ptr()) != 0; };
+    if (any(before) || any(after) || std::any_of(hooks_.begin(), hooks_.end(), any)) return false;
+    return made(PyObject_CallNoArgs(profiling_.ptr())).ptr() != Py_True && run(groups, state);
   }
 
   // One step, or false where something is no longer what it was: nothing has been done then.
@@ -47,12 +61,15 @@ class Plan {
     std::vector<std::vector<int64_t>> options;
     for (const py::handle group : groups) options.push_back(options_of(group));
     const std::vector<py::object> in_use = std::move(grads_);  // whatever becomes of `grad` meanwhile
-    const py::gil_scoped_release release;
-    StepEntry* first = entries_;
-    for (size_t g = 0; g < options.size(); ++g) {
-      kernel_(first, counts_[g], options[g].data());
-      for (const StepEntry* end = first + counts_[g]; first < end; ++first) first->first = 0;
+    {
+      const py::gil_scoped_release release;
+      StepEntry* first = entries_;
+      for (size_t g = 0; g < options.size(); ++g) {
+        kernel_(first, counts_[g], options[g].data());
+        for (const StepEntry* end = first + counts_[g]; first < end; ++first) first->first = 0;
+      }
     }
+    made(PyObject_CallOneArg(count_.ptr(), written_));
     return true;
   }
 
@@ -148,10 +165,12 @@ class Plan {
 
   const Borrow borrow_;
   const Attribute grad_, version_;
-  const py::tuple used_, numbers_, flags_;  // of strings: no cycle goes through them
+  const py::object count_, profiling_;
+  const py::tuple hooks_, used_, numbers_, flags_;  // no cycle goes through them
   const py::str params_{"params"}, is_neg_{"is_neg"};
   const Kernel kernel_;
   StepEntry* const entries_;
+  PyObject* const written_;
   std::vector<PyObject*> watched_;
   std::vector<int64_t> counts_;  // entries of each group
   std::vector<int64_t> words_;
@@ -164,11 +183,11 @@ class Plan {
 
 void bind_plan(py::module_& m) {
   py::class_<Plan>(m, "Plan", "An optimizer's step by addresses, as long as they hold.")
-      .def(py::init<const py::object&, const py::object&, const py::object&, const py::tuple&, const py::tuple&,
-                    const py::tuple&, const py::list&, uintptr_t, uintptr_t, const py::list&, const py::dict&>(),
-           py::arg("api"), py::arg("grad"), py::arg("version"), py::arg("used"), py::arg("numbers"), py::arg("flags"),
-           py::arg("watched"), py::arg("kernel"), py::arg("entries"), py::arg("groups"), py::arg("state"))
-      .def("run", &Plan::run, "One step, or False where something is no longer what it was.");
+      .def(py::init<const py::object&, const py::object&, const py::object&, const py::object&, const py::object&,
+                    const py::tuple&, const py::tuple&, const py::tuple&, const py::tuple&, const py::list&,
+                    const py::list&, uintptr_t, uintptr_t, const py::list&, const py::dict&>())
+      .def("run", &Plan::run, "One step, or False where something is no longer what it was.")
+      .def("run_unwatched", &Plan::run_unwatched, "The same, or False where hooks or a profiler would notice.");
 }
 
 }  // namespace fastcl

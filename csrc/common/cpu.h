@@ -17,10 +17,7 @@
 #include <vector>
 
 #include "math.h"
-
-#ifdef FASTCL_STD_THREADS
-#include "std_threads.h"
-#endif
+#include "threads.h"
 
 #if defined(_MSC_VER)
 #define FASTCL_RESTRICT __restrict
@@ -171,22 +168,6 @@ FASTCL_HD void prefetch_later(const void* at) {
   __builtin_prefetch(at, 0, 2);
 #else
   (void)at;
-#endif
-}
-
-// ---- threads ----
-
-template <class F>
-void par_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
-  if (end <= begin) return;
-#ifdef FASTCL_SMALL_GRAIN  // sanitizer builds: the tests' small sizes split too
-  grain = 1;
-#endif
-#ifdef FASTCL_STD_THREADS
-  std_threads_for(begin, end, grain, f);
-#else
-  if (end - begin <= grain) return f(begin, end);
-  torch::stable::parallel_for(begin, end, grain, f);
 #endif
 }
 
@@ -355,9 +336,10 @@ class VirtualArray {
  public:
   static constexpr int64_t kAlign = 64;  // a packed mask's byte and every vector start on this
 #ifdef FASTCL_SMALL_GRAIN
-  static constexpr int64_t kChunk = 128;
+  static constexpr int64_t kChunk = 128, kAlone = 0;
 #else
   static constexpr int64_t kChunk = 16384;  // 64 KiB of floats: L1/L2-sized; 8k to 32k measured alike
+  static constexpr int64_t kAlone = 2;
 #endif
   void add(int64_t numel) {
     starts_.push_back(size_);
@@ -369,19 +351,19 @@ class VirtualArray {
   // f(tensor index, begin, end, chunk) for every piece of every chunk, in order within a chunk.
   template <class F>
   void for_each(const F& f) const {
+    const auto one = [&](int64_t chunk) {
+      const int64_t low = chunk * kChunk, high = std::min(size_, low + kChunk);
+      size_t t = std::upper_bound(starts_.begin(), starts_.end(), low) - starts_.begin() - 1;
+      for (; t < starts_.size() && starts_[t] < high; ++t) {
+        const int64_t begin = std::max<int64_t>(0, low - starts_[t]);
+        const int64_t end = std::min(numels_[t], high - starts_[t]);
+        if (begin < end) f(t, begin, end, chunk);
+      }
+    };
     const int64_t n_chunks = chunks();
     // Below 32k elements a second thread costs more than it brings (5-10 us to wake it).
-    par_for(0, n_chunks, n_chunks <= 2 ? n_chunks : 1, [&](int64_t first, int64_t last) {
-      for (int64_t chunk = first; chunk < last; ++chunk) {
-        const int64_t low = chunk * kChunk, high = std::min(size_, low + kChunk);
-        size_t t = std::upper_bound(starts_.begin(), starts_.end(), low) - starts_.begin() - 1;
-        for (; t < starts_.size() && starts_[t] < high; ++t) {
-          const int64_t begin = std::max<int64_t>(0, low - starts_[t]);
-          const int64_t end = std::min(numels_[t], high - starts_[t]);
-          if (begin < end) f(t, begin, end, chunk);
-        }
-      }
-    });
+    if (n_chunks > kAlone) return par_each(n_chunks, one);
+    for (int64_t chunk = 0; chunk < n_chunks; ++chunk) one(chunk);
   }
 
  private:

@@ -8,16 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import optimizer as torch_optimizer
 
 from ..ops import _direct as direct
 from ..ops._state import check_optimizer
 from ..ops.masked_grad import plan as plans
 from .reserved import Mask, Reserved, read_masks, tensors_of
-
-_GLOBAL_HOOKS = torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks
-_profiling = torch.autograd._profiler_enabled
-_increment_version = torch.autograd.graph.increment_version
 
 
 class MaskedStep:
@@ -96,18 +91,17 @@ class MaskedStep:
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; entries with r = 1 keep every bit of parameter and state."""
-        if torch.compiler.is_compiling() or self._observed():
+        if torch.compiler.is_compiling():
             return self._hooked_step(closure)
-        return self._step(closure)
+        # straight: between kernels, which sweep the caches, each frame of Python comes from memory
+        hooks = self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks  # type: ignore[attr-defined]
+        plan = self._plan
+        if closure is None and plan is not None and plan.run_unwatched(self.param_groups, self.state, *hooks):
+            return None
+        # a subclass's own step has been wrapped by torch
+        return self._hooked_step(closure) if type(self).step is MaskedStep.step else self._step(closure)
 
     step.hooked = True  # type: ignore[attr-defined]  # torch leaves it alone: its wrapper costs 10 us, 60 between kernels
-
-    def _observed(self) -> bool:
-        """Whether somebody would notice that torch's wrapper is missing."""
-        if type(self).step is not MaskedStep.step:  # a subclass's own step, which torch has wrapped
-            return False
-        hooks = self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks  # type: ignore[attr-defined]
-        return _profiling() or any(hooks) or any(_GLOBAL_HOOKS)
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
@@ -120,8 +114,6 @@ class MaskedStep:
             if self._plan is None or not self._plan.run(self.param_groups, self.state):
                 self._plan = None
                 self._by_batches(batches)
-                return loss
-        _increment_version(self._plan.written)
         return loss
 
     _hooked_step = torch.optim.Optimizer.profile_hook_step(_step)
@@ -256,11 +248,11 @@ class _Plan:
             plan.set(i, item.param, item.slots, item.step, item.first)
             if item.mask is not None:
                 plan.set_mask(i, *item.mask.for_plan(item.param))
-        self.written = [t for item in items for t in item.tensors()]  # all but the counts
+        written = [t for item in items for t in item.tensors()]  # all but the counts
         given = [g for item in items if item.mask for g in tensors_of(item.mask.given) if not g.is_inference()]
         which = optimizer._kernel, optimizer._deciding, optimizer._options, optimizer._flags
-        plan.start(*which, given, optimizer.param_groups, optimizer.state)
-        self.run = plan.run  # of csrc/plan.cpp, by addresses of what self.plan keeps alive
+        plan.start(*which, given, written, optimizer.param_groups, optimizer.state)
+        self.run, self.run_unwatched = plan.run, plan.run_unwatched
 
 
 def _refuse_overlap(name: str, tensors: list[Tensor]) -> None:

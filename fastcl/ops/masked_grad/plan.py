@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim import optimizer as torch_optimizer
 
 from ..._ops import extension
 from .. import _direct as direct
@@ -23,6 +24,8 @@ KINDS = {torch.uint8: 2, torch.float32: 3, torch.float64: 4}  # enum MaskKind; 7
 VECTORS = 7
 
 _ATTRIBUTES = torch._C.TensorBase.__dict__["grad"], torch._C.TensorBase.__dict__["_version"]
+_FUNCTIONS = torch._C._increment_version, torch.autograd._profiler_enabled
+_HOOKS = torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks
 
 
 class Plan:
@@ -53,13 +56,16 @@ class Plan:
         numbers: tuple[str, ...],
         flags: tuple[str, ...],
         watched: list[Tensor],
+        written: list[Tensor],
         groups: list[dict[str, Any]],
         state: dict[Tensor, dict[str, Any]],
     ) -> None:
         """Writes down what may not change: groups, parameters, the options `used`, states, versions of `watched`."""
-        self._keep += [watched, *groups, *state, *(p for g in groups for p in g["params"])]
+        self._keep += [watched, written, *groups, *state, *(p for g in groups for p in g["params"])]
         self._keep += [value for of_param in state.values() for value in of_param.values()]
         kernel_at = ctypes.cast(getattr(direct.library, kernel), ctypes.c_void_p).value
-        names, addresses = (used, numbers, flags), (kernel_at, self.entries.ctypes.data)
-        self._plan = extension.Plan(direct.exchange, *_ATTRIBUTES, *names, watched, *addresses, groups, state)
-        self.run = self._plan.run  # run(groups, state): one step, or False where something has changed
+        torchs, names = (direct.exchange, *_ATTRIBUTES, *_FUNCTIONS, _HOOKS), (used, numbers, flags)
+        addresses = kernel_at, self.entries.ctypes.data
+        plan = extension.Plan(*torchs, *names, watched, written, *addresses, groups, state)
+        self.run = plan.run  # run(groups, state): one step, or False where something has changed
+        self.run_unwatched = plan.run_unwatched  # the same with the optimizer's hooks: False where there are any
