@@ -109,24 +109,22 @@ struct Multiply {
     blocks(std::integral_constant<int, kRowSizes[3]>{});
   }
 
-  static FASTCL_HD void run(const Product<T>* product, int64_t* scratch, int64_t first, int64_t last) {
+  static FASTCL_HD void run(const Product<T>* product, int64_t* scratch, int64_t at) {
     const Product<T>& p = *product;
-    for (int64_t at = first; at < last; ++at) {
-      const int64_t i = at / p.at[1], j = at % p.at[1];
-      Taps taps{0, scratch, scratch + p.g.taps()};
-      for (int64_t a = 0; a < p.g.kernel[0]; ++a) {
-        const int64_t y = p.forward ? in_of(p.g, 0, i, a) : out_of(p.g, 0, i, a);
-        for (int64_t b = 0; b < p.g.kernel[1] && y >= 0; ++b) {
-          const int64_t x = p.forward ? in_of(p.g, 1, j, b) : out_of(p.g, 1, j, b);
-          if (x < 0) continue;
-          taps.offset[taps.count] = (y * p.from_size[1] + x) * p.g.n;
-          taps.number[taps.count++] = a * p.g.kernel[1] + b;
-        }
+    const int64_t i = at / p.at[1], j = at % p.at[1];
+    Taps taps{0, scratch, scratch + p.g.taps()};
+    for (int64_t a = 0; a < p.g.kernel[0]; ++a) {
+      const int64_t y = p.forward ? in_of(p.g, 0, i, a) : out_of(p.g, 0, i, a);
+      for (int64_t b = 0; b < p.g.kernel[1] && y >= 0; ++b) {
+        const int64_t x = p.forward ? in_of(p.g, 1, j, b) : out_of(p.g, 1, j, b);
+        if (x < 0) continue;
+        taps.offset[taps.count] = (y * p.from_size[1] + x) * p.g.n;
+        taps.number[taps.count++] = a * p.g.kernel[1] + b;
       }
-      int64_t n = 0;
-      for (; n + 2 * kLane <= p.g.n; n += 2 * kLane) place<2>(p, at, n, taps);
-      if (n < p.g.n) place<1>(p, at, n, taps);
     }
+    int64_t n = 0;
+    for (; n + 2 * kLane <= p.g.n; n += 2 * kLane) place<2>(p, at, n, taps);
+    if (n < p.g.n) place<1>(p, at, n, taps);
   }
 };
 
@@ -146,9 +144,10 @@ void multiply(const Geometry& g, bool forward, const T* from, const T* weight, T
   const auto w = packed(p, weight);
   p.weight = w.get();
   const int64_t cost = std::max<int64_t>(1, p.rows * p.inner * g.taps() * g.n / (forward ? 1 : g.stride * g.stride));
-  par_for(0, p.at[0] * p.at[1], std::max<int64_t>(1, 262144 / cost), [&](int64_t first, int64_t last) {
+  par_tasks(p.at[0] * p.at[1], std::max<int64_t>(1, 262144 / cost), [&](Tasks::Share& share) {
     std::unique_ptr<int64_t[]> scratch(new int64_t[2 * g.taps()]);
-    simd_of_width<MultiplyOf<T>::template Body>(static_cast<const Product<T>*>(&p), scratch.get(), first, last);
+    for (int64_t at; (at = share.take()) >= 0;)
+      simd_of_width<MultiplyOf<T>::template Body>(static_cast<const Product<T>*>(&p), scratch.get(), at);
   });
 }
 
@@ -209,15 +208,14 @@ struct Correlate {
       }
   }
 
-  static FASTCL_HD void run(const Outer<T>* outer, int64_t first, int64_t last) {
+  static FASTCL_HD void run(const Outer<T>* outer, int64_t task) {
     const Geometry& g = outer->g;
     const int64_t width = block_channels(g, bytes), across = (g.channels + width - 1) / width;
-    for (int64_t task = first; task < last; ++task)
-      for (int64_t tap = 0; tap < g.taps(); ++tap) {
-        const int64_t o = task / across * kOutputs, c = task % across * width;
-        const int64_t a = tap / g.kernel[1], b = tap % g.kernel[1];
-        width == 1 ? block<1>(*outer, o, c, a, b) : block<channels_at_once(bytes)>(*outer, o, c, a, b);
-      }
+    for (int64_t tap = 0; tap < g.taps(); ++tap) {
+      const int64_t o = task / across * kOutputs, c = task % across * width;
+      const int64_t a = tap / g.kernel[1], b = tap % g.kernel[1];
+      width == 1 ? block<1>(*outer, o, c, a, b) : block<channels_at_once(bytes)>(*outer, o, c, a, b);
+    }
   }
 };
 
@@ -233,8 +231,9 @@ void correlate(const Geometry& g, const T* y, const T* x, T* weight) {
   const int64_t width = block_channels(g, vector_bytes());
   const int64_t tasks = ceil_div(g.outputs, kOutputs) * ceil_div(g.channels, width);
   const int64_t cost = kOutputs * width * g.taps() * g.out[0] * g.out[1] * g.n;
-  par_for(0, tasks, std::max<int64_t>(1, 262144 / cost),
-          [&](int64_t first, int64_t last) { simd_of_width<CorrelateOf<T>::template Body>(&p, first, last); });
+  par_tasks(tasks, std::max<int64_t>(1, 262144 / cost), [&](Tasks::Share& share) {
+    for (int64_t task; (task = share.take()) >= 0;) simd_of_width<CorrelateOf<T>::template Body>(&p, task);
+  });
 }
 
 // ---- the ops ----

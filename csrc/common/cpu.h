@@ -336,10 +336,9 @@ class VirtualArray {
  public:
   static constexpr int64_t kAlign = 64;  // a packed mask's byte and every vector start on this
 #ifdef FASTCL_SMALL_GRAIN
-  static constexpr int64_t kChunk = 128, kAlone = 0;
+  static constexpr int64_t kChunk = 128;
 #else
   static constexpr int64_t kChunk = 16384;  // 64 KiB of floats: L1/L2-sized; 8k to 32k measured alike
-  static constexpr int64_t kAlone = 2;
 #endif
   void add(int64_t numel) {
     starts_.push_back(size_);
@@ -362,8 +361,9 @@ class VirtualArray {
     };
     const int64_t n_chunks = chunks();
     // Below 32k elements a second thread costs more than it brings (5-10 us to wake it).
-    if (n_chunks > kAlone) return par_each(n_chunks, one);
-    for (int64_t chunk = 0; chunk < n_chunks; ++chunk) one(chunk);
+    par_tasks(n_chunks, n_chunks <= 2 ? n_chunks : 1, [&](Tasks::Share& share) {
+      for (int64_t chunk; (chunk = share.take()) >= 0;) one(chunk);
+    });
   }
 
  private:

@@ -28,26 +28,52 @@ void par_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
 #endif
 }
 
-// f(i) for every i below n. Each thread goes through a part of its own, the same one every time, whose memory its
-// caches may still hold; one that is done helps the others: a core that somebody slows delays the rest by one f at
-// most.
-template <class F>
-void par_each(int64_t n, const F& f) {
+// Tasks 0 ... n - 1, a part of them in order for each thread, the same one every time: its caches may still hold what
+// they read. A thread that is done helps the others: a core that somebody slows delays all by one task at most.
+class Tasks {
   struct alignas(64) Part {
     std::atomic<int64_t> next;
     int64_t end;
   };
-  const int64_t count = std::min<int64_t>(n, torch::stable::get_num_threads());
-  std::vector<Part> parts(count);
-  for (int64_t p = 0; p < count; ++p) {
-    parts[p].next.store(n * p / count, std::memory_order_relaxed);
-    parts[p].end = n * (p + 1) / count;
-  }
-  par_for(0, count, 1, [&](int64_t first, int64_t) {
-    for (int64_t p = 0; p < count; ++p) {
-      Part& part = parts[(first + p) % count];
-      for (int64_t i; (i = part.next.fetch_add(1, std::memory_order_relaxed)) < part.end;) f(i);
+  std::vector<Part> parts_;
+
+ public:
+  Tasks(int64_t n, int64_t parts) : parts_(parts) {
+    for (int64_t p = 0; p < parts; ++p) {
+      parts_[p].next.store(n * p / parts, std::memory_order_relaxed);
+      parts_[p].end = n * (p + 1) / parts;
     }
+  }
+
+  class Share {  // of one thread
+   public:
+    Share(Tasks& all, int64_t own) : parts_(all.parts_), at_(own) {}
+    int64_t take() {  // the next task, or -1
+      for (const int64_t count = parts_.size(); passed_ < count; ++passed_, at_ = (at_ + 1) % count) {
+        const int64_t task = parts_[at_].next.fetch_add(1, std::memory_order_relaxed);
+        if (task < parts_[at_].end) return task;
+      }
+      return -1;
+    }
+
+   private:
+    std::vector<Part>& parts_;
+    int64_t at_, passed_ = 0;
+  };
+};
+
+// f(share) on as many threads as there are `grain` tasks for; every task is taken once.
+template <class F>
+void par_tasks(int64_t n, int64_t grain, const F& f) {
+  if (n <= 0) return;
+#ifdef FASTCL_SMALL_GRAIN
+  grain = 1;
+#endif
+  const int64_t parts = std::min<int64_t>((n + grain - 1) / grain, torch::stable::get_num_threads());
+  Tasks tasks(n, parts);
+  par_for(0, parts, 1, [&](int64_t own, int64_t) {
+    Tasks::Share share(tasks, own);
+    f(share);
   });
 }
 

@@ -1,7 +1,6 @@
 // gmm_log_prob: log N(x | mu_k, L_k L_k^T) for every sample and component. y = L^-1 (x - mu) is a product of tiles with
 // the inverse factor, which is taken once a component in double. gmm_responsibilities: the mixture's density and the
 // components' shares of it, EM's E-step, while a block's log densities lie in the cache.
-#include <atomic>
 #include <cmath>
 
 #include "../common/lanes.h"
@@ -197,22 +196,18 @@ struct Density {
     constexpr int64_t kWork = 131072;
 #endif
     const int64_t blocks = ceil_div(n, width), at_once = std::max<int64_t>(1, kWork / work);
-    // Whichever thread is free takes the next: where others slow one core, the rest do more. A step before, so that it
-    // knows what to fetch meanwhile.
-    std::atomic<int64_t> next{0};
-    par_for(0, std::min<int64_t>(ceil_div(blocks, at_once), 256), 1, [&](int64_t, int64_t) {
+    par_tasks(blocks, at_once, [&](Tasks::Share& share) {
       const Aligned<T> block = aligned<T>(any_far ? features * width : 0),
                        shifted = aligned<T>(full || any_near ? features * width : 0);
       const Aligned<T> logs = aligned<T>(components * width);
-      for (int64_t b = next.fetch_add(at_once), then; b < blocks; b = then) {
-        then = (b + 1) % at_once != 0 ? b + 1 : next.fetch_add(at_once);
-        const int64_t begin = b * width, samples = std::min(width, n - begin), after = then * width;
+      for (int64_t b = share.take(), then; b >= 0; b = then) {
+        then = share.take();  // a step before, so that its memory is fetched meanwhile
+        const int64_t begin = b * width, samples = std::min(width, n - begin), after = then < 0 ? n : then * width;
         const In* rows = x + begin * features;
         if (any_far) transpose(in_full(block.get(), samples), width, rows, features, samples, features);
         if (any_near)
           transpose_less(in_full(shifted.get(), samples), width, rows, features, samples, features, middle.get());
-        Ahead ahead =
-            fetching(x + after * features, std::clamp<int64_t>(n - after, 0, width), out + begin * components, samples);
+        Ahead ahead = fetching(x + after * features, std::min(n - after, width), out + begin * components, samples);
         for (int64_t k = 0; k < components;)
           k += log_densities(logs.get() + k * width, k, block.get(), shifted.get(), ahead);
         body(logs.get(), begin, samples);

@@ -142,11 +142,11 @@ void sample(In* out, const Grouped& groups, const Tensor& means, const Tensor& t
   const int64_t height = std::max(4 * quads, full ? factors.count * tile.mr : 0);
   const PhiloxWords random = philox_words();
   const int64_t grain = std::max<int64_t>(1, 65536 / (width * features * (full ? 1 + features / 32 : 1)));
-  par_for(0, static_cast<int64_t>(pieces.size()), grain, [&](int64_t first, int64_t last) {
+  par_tasks(static_cast<int64_t>(pieces.size()), grain, [&](Tasks::Share& share) {
     const Aligned<T> eps = aligned<T>(4 * quads * width), z = aligned<T>(full ? height * width : 0);
     alignas(64) uint32_t low[kWidest];
     const PhiloxKeys keys(key);
-    for (int64_t p = first; p < last; ++p) {
+    for (int64_t p; (p = share.take()) >= 0;) {
       const Piece& piece = pieces[p];
       const int64_t* rows = groups.order.get() + piece.begin;
       for (int64_t s = 0; s < piece.samples; ++s) low[s] = static_cast<uint32_t>(rows[s]);

@@ -174,8 +174,8 @@ struct Statistics {
     if (!full) return;
     // a component is one task, which lays its rows out once; a few components are more
     const int64_t parts = std::min(ceil_div(features, tile.nr), ceil_div(16, components));
-    par_for(0, components * parts, 1, [&](int64_t first, int64_t last) {
-      for (int64_t task = first; task < last; ++task) outer(tile, task / parts, task % parts, parts);
+    par_tasks(components * parts, 1, [&](Tasks::Share& share) {
+      for (int64_t task; (task = share.take()) >= 0;) outer(tile, task / parts, task % parts, parts);
     });
     par_for(0, components, 1, [&](int64_t first, int64_t last) {
       for (int64_t k = first; k < last; ++k) {

@@ -95,11 +95,11 @@ void multiply(T* out, const Block<T>& block, const PackA& pack_a) {
   // Enough tasks for the threads even when the weight is narrow; each task packs its activation panel itself.
   const int64_t splits = std::min(g_panels, ceil_div(8, a_panels * block.groups));
   const int64_t work = block.rows * tile.nr * ceil_div(g_panels, splits) * tile.mr;
-  par_for(0, block.groups * a_panels * splits, std::max<int64_t>(1, 500000 / work), [&](int64_t first, int64_t last) {
+  par_tasks(block.groups * a_panels * splits, std::max<int64_t>(1, 500000 / work), [&](Tasks::Share& share) {
     const Aligned<T> a_packed = aligned<T>(block.rows * tile.nr + 16);  // packing may write past a row
     const Aligned<T> edge = aligned<T>(tile.mr * tile.nr);
     int64_t packed = -1;
-    for (int64_t task = first; task < last; ++task) {
+    for (int64_t task; (task = share.take()) >= 0;) {
       const int64_t split = task % splits, panel = task / splits, group = panel / a_panels;
       const int64_t i0 = panel % a_panels * tile.nr, columns = std::min<int64_t>(tile.nr, block.inputs - i0);
       if (panel != packed) pack_a(a_packed.get(), group, i0);
@@ -133,8 +133,8 @@ template <class T, class Run>
 void by_samples(T* out, int64_t size, int64_t samples, const Run& run) {
   const int64_t each = ceil_div(samples, kSampleChunks), chunks = ceil_div(samples, each);
   std::unique_ptr<T[]> sums(new T[chunks * size]());
-  par_for(0, chunks, 1, [&](int64_t first, int64_t last) {
-    for (int64_t chunk = first; chunk < last; ++chunk)
+  par_tasks(chunks, 1, [&](Tasks::Share& share) {
+    for (int64_t chunk; (chunk = share.take()) >= 0;)
       run(sums.get() + chunk * size, chunk * each, std::min(samples, (chunk + 1) * each));
   });
   for (int64_t chunk = 0; chunk < chunks; ++chunk)

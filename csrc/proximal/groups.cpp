@@ -71,13 +71,13 @@ void for_blocks(const View& view, int64_t rows_a_block, const F& f) {
   if (view.outer == 1) {
     const int64_t step = std::max<int64_t>(1, kChunk / std::max<int64_t>(1, view.inner));
     const int64_t blocks = (view.groups + step - 1) / step;
-    par_for(0, blocks, blocks <= 2 ? blocks : 1,
-            [&](int64_t first, int64_t last) { f(first * step, std::min(view.groups, last * step), 0, 1, 0); });
-    return;
+    return par_tasks(blocks, blocks <= 2 ? blocks : 1, [&](Tasks::Share& share) {
+      for (int64_t b; (b = share.take()) >= 0;) f(b * step, std::min(view.groups, (b + 1) * step), 0, 1, 0);
+    });
   }
   const int64_t blocks = (view.outer + rows_a_block - 1) / rows_a_block;
-  par_for(0, blocks, blocks <= 2 ? blocks : 1, [&](int64_t first, int64_t last) {
-    for (int64_t b = first; b < last; ++b)
+  par_tasks(blocks, blocks <= 2 ? blocks : 1, [&](Tasks::Share& share) {
+    for (int64_t b; (b = share.take()) >= 0;)
       f(0, view.groups, b * rows_a_block, std::min(view.outer, (b + 1) * rows_a_block), b);
   });
 }
