@@ -36,11 +36,13 @@ class LoopsThatRan {
   std::vector<std::pair<std::string, std::atomic<bool>*>> loops_;
 };
 
-// In three parts, each thread starting where another ends. What f throws on another thread ends the program.
+constexpr int64_t kStdThreads = 3;
+
+// In so many parts, each thread starting where another ends. What f throws on another thread ends the program.
 template <class F>
 void std_threads_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
   static std::atomic<bool>* const split = LoopsThatRan::all().add(__PRETTY_FUNCTION__);
-  const int64_t n = end - begin, parts = n <= grain ? 1 : n < 3 ? n : 3;
+  const int64_t n = end - begin, parts = n <= grain ? 1 : n < kStdThreads ? n : kStdThreads;
   if (parts > 1) split->store(true);
   std::vector<std::thread> others;
   for (int64_t k = 1; k < parts; ++k)

@@ -13,6 +13,14 @@
 
 namespace fastcl {
 
+inline int64_t most_threads() {
+#ifdef FASTCL_STD_THREADS
+  return kStdThreads;
+#else
+  return torch::stable::get_num_threads();
+#endif
+}
+
 // f(first, last), once a thread.
 template <class F>
 void par_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
@@ -49,7 +57,13 @@ class Tasks {
    public:
     Share(Tasks& all, int64_t own) : parts_(all.parts_), at_(own) {}
     int64_t take() {  // the next task, or -1
-      for (const int64_t count = parts_.size(); passed_ < count; ++passed_, at_ = (at_ + 1) % count) {
+      const int64_t count = static_cast<int64_t>(parts_.size());
+#ifdef FASTCL_STD_THREADS  // the first to start would do all of the tests' small loops
+      const int64_t helped = 1;
+#else
+      const int64_t helped = count;
+#endif
+      for (; passed_ < helped; ++passed_, at_ = (at_ + 1) % count) {
         const int64_t task = parts_[at_].next.fetch_add(1, std::memory_order_relaxed);
         if (task < parts_[at_].end) return task;
       }
@@ -69,7 +83,7 @@ void par_tasks(int64_t n, int64_t grain, const F& f) {
 #ifdef FASTCL_SMALL_GRAIN
   grain = 1;
 #endif
-  const int64_t parts = std::min<int64_t>((n + grain - 1) / grain, torch::stable::get_num_threads());
+  const int64_t parts = std::min((n + grain - 1) / grain, most_threads());
   Tasks tasks(n, parts);
   par_for(0, parts, 1, [&](int64_t own, int64_t) {
     Tasks::Share share(tasks, own);
