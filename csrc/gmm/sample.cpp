@@ -153,9 +153,9 @@ void sample(In* out, const Grouped& groups, const Tensor& means, const Tensor& t
       for (int64_t s = piece.samples; s < width; ++s) low[s] = low[0];
       const uint32_t high = static_cast<uint32_t>(rows[0] >> 32), *lows = low;
       Lines ahead{reinterpret_cast<const char*>(out), rows, piece.samples, features * static_cast<int64_t>(sizeof(In))};
-      const int64_t share = ceil_div(ahead.count(), quads);
+      const int64_t lines = ceil_div(ahead.count(), quads);
       for (int64_t quad = 0; quad < quads; ++quad) {
-        ahead.fetch(share);
+        ahead.fetch(lines);
         T* to = eps.get() + 4 * width * quad;
         if (full)
           simd_of_width<Normals<T, false>::template Of>(to, lows, high, quad, width, &keys, random);
