@@ -64,8 +64,10 @@ class Tasks {
       const int64_t helped = count;
 #endif
       for (; passed_ < helped; ++passed_, at_ = (at_ + 1) % count) {
-        const int64_t task = parts_[at_].next.fetch_add(1, std::memory_order_relaxed);
-        if (task < parts_[at_].end) return task;
+        Part& part = parts_[at_];
+        if (part.next.load(std::memory_order_relaxed) >= part.end) continue;  // many threads may look at once
+        const int64_t task = part.next.fetch_add(1, std::memory_order_relaxed);
+        if (task < part.end) return task;
       }
       return -1;
     }
