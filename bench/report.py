@@ -30,7 +30,9 @@ def main(*sources: str) -> None:
         for run in runs:
             cases.setdefault(run["fullname"], []).append(run["extra_info"]["medians"])
     info = runs[0]["extra_info"]
-    of_several = f", {len(names)} times, medians of the runs and the ratios' range" if len(names) > 1 else ""
+    counts = sorted({len(medians) for medians in cases.values()})
+    times = " to ".join(str(n) for n in (counts[:1] + counts[-1:] if len(counts) > 1 else counts))
+    of_several = f", {times} times, medians of the runs and the ratios' range" if counts[-1] > 1 else ""
     lines = [
         f"# {Path(target).stem}",
         "",
