@@ -30,9 +30,9 @@ def main(*sources: str) -> None:
         for run in runs:
             cases.setdefault(run["fullname"], []).append(run["extra_info"]["medians"])
     info = runs[0]["extra_info"]
-    counts = sorted({len(medians) for medians in cases.values()})
-    times = " to ".join(str(n) for n in (counts[:1] + counts[-1:] if len(counts) > 1 else counts))
-    of_several = f", {times} times, medians of the runs and the ratios' range" if counts[-1] > 1 else ""
+    counts = [len(medians) for medians in cases.values()]
+    times = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    of_several = f", {times} times, medians of the runs and the ratios' range" if max(counts) > 1 else ""
     lines = [
         f"# {Path(target).stem}",
         "",
