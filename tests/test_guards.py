@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastcl
 from fastcl import _ops
 
 from .samples import OPS, copied, op_name, replaced, same_strides, tensors
@@ -262,3 +263,20 @@ def test_schema_says_what_is_mutated(name: str) -> None:
     schema = str(_ops.catalogue[name]._schema)
     assert name.endswith("_") == ("!)" in schema)
     assert not re.search(r"\*,|\[\]\?|\?\[\]", schema)
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_a_tensor_that_torch_func_left_behind_is_differentiated(as_list: bool) -> None:
+    weight = torch.randn(4, requires_grad=True)
+    left: list[Tensor] = []
+
+    def function(x: Tensor) -> Tensor:
+        left.append(x * weight)
+        return x.square().sum()
+
+    torch.func.grad(function)(torch.ones(4))
+    value = fastcl.ops.mask_sparsity(left) if as_list else fastcl.ops.annealed_mask(left[0], 2.0).sum()
+    (found,) = torch.autograd.grad(value, weight)
+    with torch.no_grad():
+        mask = torch.sigmoid(2.0 * weight)
+    torch.testing.assert_close(found, torch.full((4,), 0.25) if as_list else 2 * mask * (1 - mask))

@@ -69,7 +69,7 @@ def _setup(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     (embedding,) = ctx.saved_tensors
-    return run(_annealed_mask_backward, grad.to(embedding.dtype), embedding, ctx.scale), None
+    return run(_annealed_mask_backward, grad, embedding, ctx.scale), None
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
@@ -235,7 +235,7 @@ def _setup_compensated(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _backward_compensated(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     (embedding,) = ctx.saved_tensors
-    return run(_compensated_mask_backward, grad.to(embedding.dtype), embedding, *ctx.numbers), None, None, None
+    return run(_compensated_mask_backward, grad, embedding, *ctx.numbers), None, None, None
 
 
 def _setup_weight(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
