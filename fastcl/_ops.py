@@ -164,7 +164,7 @@ def _node(
 ) -> Callable[[], Callable[..., Any]]:
     """The same rule as an autograd.Function of one level, which :func:`run` uses: half the time of the dispatcher's.
 
-    Every frame of Python counts: a microsecond of a small tensor's fifty, and ten between kernels that sweep the caches.
+    Every frame of Python counts: a small tensor's mask and its gradient take fifty microseconds, half of it the engine.
     """
     kernel = op._op  # what OpOverload.__call__ calls
 
