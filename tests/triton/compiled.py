@@ -39,10 +39,10 @@ def arguments(case: str, dtype: torch.dtype) -> Any:
     return args_of(case, (8, 32) if "conv" in case else (64, 128), dtype)
 
 
-def compiled(case: str, dtype: torch.dtype, target: str) -> list[Report]:
+def compiled(case: str, dtype: torch.dtype, target: str, disassembled: bool = False) -> list[Report]:
     with CompileFor(TARGETS[target]) as found, torch.no_grad():
         op(case)(*arguments(case, dtype))
-    return found.reports()
+    return found.reports(disassembled)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -87,7 +87,7 @@ def table() -> str:
     for case in OPS:
         for target in TARGETS:
             for dtype in DTYPES:
-                for kernel in compiled(case, dtype, target):
+                for kernel in compiled(case, dtype, target, disassembled=True):
                     text.append(f"| {case} | {target} | {str(dtype)[6:]} | {kernel.cells()} |")
     return "\n".join(text) + "\n"
 

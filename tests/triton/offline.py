@@ -56,11 +56,11 @@ class Report:
         return f"{self.kernel} | {numbers} | {widths(self.loads)} | {widths(self.stores)}"
 
 
-def report(kernel: Any, target: GPUTarget) -> Report:
-    return _amd(kernel) if target.backend == "hip" else _nvidia(kernel, target)
+def report(kernel: Any, target: GPUTarget, disassembled: bool) -> Report:
+    return _amd(kernel) if target.backend == "hip" else _nvidia(kernel, target, disassembled)
 
 
-def _nvidia(kernel: Any, target: GPUTarget) -> Report:
+def _nvidia(kernel: Any, target: GPUTarget, disassembled: bool) -> Report:
     with tempfile.TemporaryDirectory() as folder:  # spills are only ever printed by ptxas -v
         ptx = Path(folder, "kernel.ptx")
         ptx.write_text(kernel.asm["ptx"])
@@ -71,13 +71,27 @@ def _nvidia(kernel: Any, target: GPUTarget) -> Report:
     frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
     stack, stored, loaded = map(int, frame.groups()) if frame else (0, 0, 0)
     result = Report(kernel.name, int(registers[1]), max(stored, loaded), stack, kernel.metadata.shared)  # type: ignore[index]
+    (_count_sass if disassembled else _count_ptx)(result, kernel)
+    return result
+
+
+def _count_sass(result: Report, kernel: Any) -> None:
     for line in kernel.asm["sass"].splitlines():
         found = re.search(r"\b(LDG|LDGSTS|STG)((?:\.[A-Za-z0-9_]+)*)\s", line)
         if found:
             width = re.search(r"\.(?:256|128|64|[US]?16|[US]?8)\b", found[2])
             bits = int(re.sub(r"\D", "", width[0])) if width else 32
             (result.stores if found[1] == "STG" else result.loads)[bits] += 1
-    return result
+
+
+def _count_ptx(result: Report, kernel: Any) -> None:
+    """What the machine code will have at least: disassembling takes half a second a kernel."""
+    for kind, vector, bits in re.findall(
+        r"\b(ld|st)\.global(?:\.(?!v\d)[a-z]\w*|::\w+)*?(?:\.v(\d))?\.[bsuf](\d+)\s", kernel.asm["ptx"]
+    ):
+        (result.loads if kind == "ld" else result.stores)[int(vector or 1) * int(bits)] += 1
+    for size in re.findall(r"\bcp\.async\.\w+\.shared\.global\s.*?,\s*0x([0-9a-f]+)", kernel.asm["ptx"]):
+        result.loads[8 * int(size, 16)] += 1
 
 
 def _amd(kernel: Any) -> Report:
@@ -137,8 +151,9 @@ class CompileFor:
     def __exit__(self, *exception: Any) -> None:
         driver._active, CompiledKernel.run, CompiledKernel._init_handles, torch.version.hip = self.saved
 
-    def reports(self) -> list[Report]:
-        return [report(kernel, self.target) for kernel in self.kernels.values()]
+    def reports(self, disassembled: bool = False) -> list[Report]:
+        """With the accesses of the machine code, or of the PTX that it was made from."""
+        return [report(kernel, self.target, disassembled) for kernel in self.kernels.values()]
 
 
 def triton_version() -> str:
