@@ -134,12 +134,17 @@ def test_sums_over_all_elements(vast: Vast) -> None:
 
 
 def test_masks_of_units(vast: Vast) -> None:
-    """masked_weight with an embedding for every row, and for every unit of the middle dimension."""
-    for shape, units in (((2**16 + 1, 2**15 + 3), (2**16 + 1, 1)), ((2, 2**15 + 1, 2**15 + 3), (1, 2**15 + 1, 1))):
+    """masked_weight with an embedding for every row, for every unit of the middle dimension, and for every column."""
+    rows, columns = 2**16 + 1, 2**15 + 3
+    for shape, units in (
+        ((rows, columns), (rows, 1)),
+        ((2, 2**15 + 1, columns), (1, 2**15 + 1, 1)),
+        ((rows, columns), (1, columns)),
+    ):
         tail = values((shape[-1],), torch.bfloat16)
         weight, embedding = vast(tail, shape), values(units, torch.bfloat16)
         got = run("masked_weight", (weight, embedding, 3.0, None, 0.0, 0))[0]
-        last = embedding.reshape(-1, 1)[-1:]
+        last = embedding if units == (1, columns) else embedding.reshape(-1, 1)[-1:]
         check_tail(got, run("masked_weight", (tail[None], last, 3.0, None, 0.0, 0))[0])
         del got
         up = values((shape[-1],), torch.bfloat16)

@@ -18,6 +18,17 @@ from .samples import WIDTHS
 
 SHAPES = [((3, 5), (3, 5)), ((4, 3, 2), (4, 1, 1)), ((4, 3, 2), (1, 3, 1)), ((2, 3), (1, 1)), ((5,), (5,)), ((), ())]
 
+# units that are columns, kernels, runs and rows: one strip and several, with and without rows or weights left over
+UNITS = [
+    ((200, 170), (1, 170)),
+    ((2, 4099), (1, 4099)),
+    ((100, 2051), (1, 2051)),
+    ((19, 300, 3, 3), (1, 300, 1, 1)),
+    ((3, 70, 63), (1, 70, 1)),
+    ((3, 70, 64), (1, 70, 1)),
+    ((70, 1031), (70, 1)),
+]
+
 
 def pair(shape: Any, of: Any, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     return torch.randn(shape, dtype=dtype, requires_grad=True), torch.randn(of, dtype=dtype, requires_grad=True)
@@ -83,7 +94,7 @@ def test_masked_weight_kept_gradcheck_twice() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("shape", "of"), [*SHAPES[:3], ((200, 170), (200, 170)), ((200, 170), (1, 170))])
+@pytest.mark.parametrize(("shape", "of"), [*SHAPES[:3], ((200, 170), (200, 170)), *UNITS])
 def test_masked_weight_is_eager(shape: Any, of: Any, dtype: torch.dtype) -> None:
     w, e = pair(shape, of, dtype)
     grad = torch.randn(shape).to(dtype)
@@ -96,6 +107,22 @@ def test_masked_weight_is_eager(shape: Any, of: Any, dtype: torch.dtype) -> None
     for got, exact in ((y, want), (w.grad, w64.grad), (e.grad, e64.grad)):
         assert got.dtype == dtype
         torch.testing.assert_close(got.double(), exact, rtol=tolerance, atol=tolerance * exact.abs().max().item())
+
+
+@pytest.mark.parametrize(("shape", "of"), UNITS)
+def test_masks_of_units_are_the_same_for_any_number_of_threads(shape: Any, of: Any) -> None:
+    w, e = pair(shape, of, torch.float32)
+    grad, threads = torch.randn(shape), torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            y = ops.masked_weight(w, e, 5.0)
+            results.append((y, *torch.autograd.grad(y, (w, e), grad)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("form", ["bool", "float", "bits"])

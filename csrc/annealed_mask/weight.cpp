@@ -6,6 +6,7 @@
 #include "../common/masks.h"
 #include "math.h"
 #include "sixteen.h"
+#include "units.h"
 
 namespace fastcl {
 namespace {
@@ -121,47 +122,6 @@ void backward_piece(T* gw, T* ge, const T* g, const T* w, const T* e, const Mask
   simd<MaskedWeightBackward<T, kind, true>>(gw, ge, g, w, e, reserved, scale, s_max, grad_kept, begin, n);
 }
 
-template <class T>
-struct Scale {
-  static FASTCL_HD void run(T* FASTCL_RESTRICT out, const T* FASTCL_RESTRICT w, double factor, int64_t n) {
-    const auto f = static_cast<arithmetic_t<T>>(factor);
-    for (int64_t i = 0; i < n; ++i) store(out + i, load(w + i) * f);
-  }
-};
-
-// gw = g f (1 - r); returns the sum of g w.
-template <class T>
-struct ScaleBackward {
-  using A = arithmetic_t<T>;
-  static FASTCL_HD double run(T* FASTCL_RESTRICT gw, const T* FASTCL_RESTRICT g, const T* FASTCL_RESTRICT w,
-                              double factor, int64_t n) {
-    const A f = static_cast<A>(factor);
-    double lane[kLanes] = {};
-    const auto one = [&](int64_t i, int l) FASTCL_LAMBDA_HD {
-      const A grad = load(g + i);
-      lane[l] += grad * load(w + i);
-      store(gw + i, grad * f);
-    };
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes)
-      for (int l = 0; l < kLanes; ++l) one(i + l, l);
-    for (; i < n; ++i) one(i, static_cast<int>(i % kLanes));
-    return sum_lanes(lane);
-  }
-};
-
-template <class T, Compensation kind>
-struct Gates {  // masks and slopes of a few units, once each
-  using A = arithmetic_t<T>;
-  static FASTCL_HD void run(double* mask, double* slope, const T* e, double scale, double s_max, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) {
-      const A x = load(e + i);
-      mask[i] = annealed_mask(x, static_cast<A>(scale));
-      slope[i] = mask_slope<kind>(x, static_cast<A>(scale), static_cast<A>(s_max));
-    }
-  }
-};
-
 void check_scales(const char* op, double scale, double s_max, int64_t compensation) {
   FASTCL_CHECK(std::isfinite(scale) && scale >= 0, op, ": scale is ", scale, " but must be finite and not negative");
   FASTCL_CHECK(compensation >= 0 && compensation <= 2, op, ": compensation is ", compensation,
@@ -177,11 +137,6 @@ auto dispatch_compensation(int64_t kind, const F& f) {
   if (kind == 2) return f(std::integral_constant<Compensation, Compensation::literal>{});
   return f(std::integral_constant<Compensation, Compensation::none>{});
 }
-
-// The weight as [before, units, after] around the one dimension along which the embedding varies.
-struct Units {
-  int64_t before = 1, units = 1, after = 1;
-};
 
 bool same_shape(const Tensor& a, const Tensor& b) {
   const auto x = a.sizes(), y = b.sizes();
@@ -203,14 +158,6 @@ Units units_of(const Tensor& weight, const Tensor& embedding, const char* op) {
   for (int64_t d = 0; d < weight.dim(); ++d) (d < dim ? u.before : d == dim ? u.units : u.after) *= weight.size(d);
   if (embedding.numel() == 1 && u.units != 1) u = {1, 1, weight.numel()};
   return u;
-}
-
-// f(first, last) over units, in pieces of about one chunk of weights.
-template <class F>
-void for_units(const Units& u, const F& f) {
-  const int64_t each = std::max<int64_t>(1, u.before * u.after);
-  const int64_t grain = std::max<int64_t>(1, VirtualArray::kChunk / each);
-  par_for(0, u.units, u.units * each <= 2 * VirtualArray::kChunk ? u.units : grain, f);
 }
 
 struct Problem {
@@ -264,16 +211,7 @@ Tensor masked_weight(Tensor w, Tensor e, double scale, std::optional<Tensor> res
       });
       return;
     }
-    const Units& u = problem.units;
-    for_units(u, [&](int64_t first, int64_t last) {
-      std::vector<double> mask(last - first), slope(last - first);
-      simd<Gates<T, Compensation::none>>(mask.data(), slope.data(), embedding + first, scale, s_max, last - first);
-      for (int64_t a = 0; a < u.before; ++a)
-        for (int64_t i = first; i < last; ++i) {
-          const int64_t at = (a * u.units + i) * u.after;
-          simd<Scale<T>>(to + at, from + at, mask[i - first], u.after);
-        }
-    });
+    scale_units(to, from, embedding, scale, problem.units);
   });
   return out;
 }
@@ -346,19 +284,7 @@ std::tuple<Tensor, Tensor> masked_weight_backward(Tensor grad, std::optional<Ten
         });
         return;
       }
-      const Units& u = problem.units;
-      for_units(u, [&](int64_t first, int64_t last) {
-        std::vector<double> gate(last - first), slope(last - first);
-        simd<Gates<T, kind>>(gate.data(), slope.data(), embedding + first, scale, s_max, last - first);
-        for (int64_t i = first; i < last; ++i) {
-          double dot = 0;
-          for (int64_t a = 0; a < u.before; ++a) {
-            const int64_t at = (a * u.units + i) * u.after;
-            dot += simd<ScaleBackward<T>>(gw + at, g + at, from + at, gate[i - first], u.after);
-          }
-          store(ge + i, static_cast<arithmetic_t<T>>(dot * slope[i - first]));
-        }
-      });
+      scale_units_backward<kind>(gw, ge, g, from, embedding, scale, s_max, problem.units);
       if (mask.view().kind != MaskKind::none)
         elements_of(grad_w).for_each([&](size_t, int64_t begin, int64_t end, int64_t) {
           simd<ShareGradient<T>>(gw + begin, mask.view(), begin, end - begin);

@@ -100,7 +100,7 @@ struct NormRowTwice {
 template <class T, class F>
 void for_rows(const Tensor& x, const T* gamma, const F& f) {
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, x.size(1)));
-  par_for(0, x.size(0), grain, [&](int64_t first, int64_t last) {
+  par_pieces(x.size(0), grain, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) f(row, gamma == nullptr ? T(1) : gamma[row]);
   });
 }

@@ -93,4 +93,16 @@ void par_tasks(int64_t n, int64_t grain, const F& f) {
   });
 }
 
+// f(first, last) for pieces of `grain`, as tasks.
+template <class F>
+void par_pieces(int64_t n, int64_t grain, const F& f) {
+#ifdef FASTCL_SMALL_GRAIN
+  grain = 1;
+#endif
+  par_tasks((n + grain - 1) / grain, 1, [&](Tasks::Share& share) {
+    for (int64_t piece = share.take(); piece >= 0; piece = share.take())
+      f(piece * grain, std::min(n, (piece + 1) * grain));
+  });
+}
+
 }  // namespace fastcl

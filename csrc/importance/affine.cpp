@@ -108,7 +108,7 @@ void accumulate(T* weight_out, T* bias_out, const Tensor& grad, const Tensors& n
   const int64_t each = (samples + kChunks - 1) / kChunks, chunks = (samples + each - 1) / each;
   std::unique_ptr<T[]> sums(new T[2 * chunks * features]());
   const auto raised = [power](T value) { return power == 2 ? importance_of<2>(value) : importance_of<1>(value); };
-  par_for(0, chunks, std::max<int64_t>(1, 32768 / (each * features * at.positions)), [&](int64_t first, int64_t last) {
+  par_pieces(chunks, std::max<int64_t>(1, 32768 / (each * features * at.positions)), [&](int64_t first, int64_t last) {
     T weight[kFeatures], bias[kFeatures];
     for (int64_t n = first * each; n < std::min(samples, last * each); ++n) {
       T *w = sums.get() + 2 * (n / each) * features, *b = w + features;

@@ -124,12 +124,12 @@ void accumulate(T* out, const Operand& g, const In* input, const Geometry& geo, 
 
   for (int64_t n0 = 0; n0 < geo.samples; n0 += per_block) {
     const int64_t samples = std::min(per_block, geo.samples - n0), rows = samples * positions;
-    par_for(0, samples * geo.padded(0), std::max<int64_t>(1, 32768 / plane), [&](int64_t first, int64_t last) {
+    par_pieces(samples * geo.padded(0), std::max<int64_t>(1, 32768 / plane), [&](int64_t first, int64_t last) {
       for (int64_t k = first; k < last; ++k)
         simd<ChannelsLast<T, In>>(image.get() + k / geo.padded(0) * volume,
                                   input + (n0 + k / geo.padded(0)) * geo.in_strides[0], &geo, k % geo.padded(0));
     });
-    par_for(0, geo.groups * g_panels, std::max<int64_t>(1, 32768 / (rows * tile.mr)), [&](int64_t first, int64_t last) {
+    par_pieces(geo.groups * g_panels, std::max<int64_t>(1, 32768 / (rows * tile.mr)), [&](int64_t first, int64_t last) {
       for (int64_t q = first; q < last; ++q) {
         Operand part = g;  // one group's outputs
         part.features = o_group;
@@ -178,7 +178,7 @@ void accumulate(T* out, const Operand& g, const In* input, const Geometry& geo, 
 // out[o][c][tap] += sums[o][tap][c]
 template <class T>
 void add_transposed(T* out, const T* sums, int64_t outputs, int64_t channels, int64_t taps) {
-  par_for(0, outputs, std::max<int64_t>(1, 32768 / (channels * taps)), [&](int64_t first, int64_t last) {
+  par_pieces(outputs, std::max<int64_t>(1, 32768 / (channels * taps)), [&](int64_t first, int64_t last) {
     for (int64_t o = first; o < last; ++o)
       for (int64_t c = 0; c < channels; ++c)
         for (int64_t t = 0; t < taps; ++t) out[(o * channels + c) * taps + t] += sums[(o * taps + t) * channels + c];

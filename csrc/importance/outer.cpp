@@ -26,7 +26,7 @@ void accumulate(T* out, const Operand& g, const Operand& a, int power, bool whol
   for (int64_t n0 = 0; n0 < g.samples; n0 += per_block) {
     const int64_t samples = std::min(per_block, g.samples - n0), rows = samples * g.positions;
     const int64_t row0 = n0 * g.positions, row1 = row0 + rows;
-    par_for(0, panels, std::max<int64_t>(1, 32768 / (rows * tile.mr)), [&](int64_t first, int64_t last) {
+    par_pieces(panels, std::max<int64_t>(1, 32768 / (rows * tile.mr)), [&](int64_t first, int64_t last) {
       for (int64_t q = first; q < last; ++q)
         pack<T, In>(g_packed.get() + q * tile.mr * rows, g, row0, row1, q * tile.mr, tile.mr, pack_power);
     });
