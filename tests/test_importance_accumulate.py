@@ -223,25 +223,32 @@ def test_bad_conv_raises_before_writing(case: str) -> None:
 
 @pytest.mark.parametrize("power", [1, 2])
 @pytest.mark.parametrize("view", ["features last", "features second", "odd"])
+@pytest.mark.parametrize("of", ["feature", "position", "both"])
+@pytest.mark.parametrize("positions", [1, 37, 530])
 @pytest.mark.parametrize("features", [1, 5, 64, 65, 200])
-def test_affine_is_the_loop_over_samples(features: int, view: str, power: int) -> None:
-    def made() -> Tensor:
-        if view == "features second":
-            return torch.randn(3, features, 37).transpose(1, 2)
-        return torch.randn(3, 37, features * 2)[..., ::2] if view == "odd" else torch.randn(3, 37, features)
+def test_affine_is_the_loop_over_samples(features: int, positions: int, of: str, view: str, power: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
 
-    grad, x = made(), made()
-    shift, scale = torch.randn(features).expand_as(x), torch.rand(3, 37, 1).expand_as(x)
-    weight, bias = torch.rand(features), torch.rand(features)
-    hat = (x.double() - shift.double()) * scale.double()
-    want_w = weight.double() + ((grad.double() * hat).sum(1).abs() ** power).sum(0)
-    want_b = bias.double() + (grad.double().sum(1).abs() ** power).sum(0)
-    alone = bias.clone()
-    ops.accumulate_affine_(weight, bias, grad, (x, shift, scale), power)
-    torch.testing.assert_close(weight.double(), want_w, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(bias.double(), want_b, rtol=1e-5, atol=1e-5)
-    ops.accumulate_affine_(None, alone, grad, None, power)
-    torch.testing.assert_close(alone, bias)
+        def made(dtype: torch.dtype = dtype) -> Tensor:
+            if view == "features second":
+                return torch.randn(3, features, positions).to(dtype).transpose(1, 2)
+            wide = torch.randn(3, positions, features * 2).to(dtype)
+            return wide[..., ::2] if view == "odd" else wide[..., :features].contiguous()
+
+        grad, x = made(), made()
+        each = {"feature": (features,), "position": (3, positions, 1)}
+        shift = torch.randn(each["feature" if of == "both" else of]).to(dtype).expand_as(x)
+        scale = torch.rand(each["position" if of == "both" else of]).to(dtype).expand_as(x)
+        weight, bias = torch.rand(features), torch.rand(features)
+        hat = (x.double() - shift.double()) * scale.double()
+        want_w = weight.double() + ((grad.double() * hat).sum(1).abs() ** power).sum(0)
+        want_b = bias.double() + (grad.double().sum(1).abs() ** power).sum(0)
+        alone = bias.clone()
+        ops.accumulate_affine_(weight, bias, grad, (x, shift, scale), power)
+        torch.testing.assert_close(weight.double(), want_w, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(bias.double(), want_b, rtol=1e-5, atol=1e-4)
+        ops.accumulate_affine_(None, alone, grad, None, power)
+        torch.testing.assert_close(alone, bias, rtol=1e-5, atol=1e-4)
 
 
 def test_bad_affine() -> None:

@@ -3,6 +3,7 @@
 #include <memory>
 
 #include "../common/cpu.h"
+#include "../common/lanes.h"
 #include "math.h"
 
 namespace fastcl {
@@ -18,11 +19,30 @@ struct Layout {
   int64_t positions;
 };
 
-// One sample, `count` <= kFeatures features: weight[c] = sum_p g (x - shift) scale, bias[c] = sum_p g.
+// One sample: w[c] += |sum_p g (x - shift) scale|^power, b[c] += |sum_p g|^power.
 template <class T, class In, bool normalised>
-struct Reduce1 {
-  static FASTCL_HD void run(T* weight, T* bias, const In* g, const In* x, const In* shift, const In* scale,
-                            const Layout* at, int64_t count) {
+struct AddSample {
+  static FASTCL_HD void run(T* w, T* b, const In* g, const In* x, const In* shift, const In* scale, const Layout* at,
+                            int64_t features, int power) {
+    T weight[kFeatures], bias[kFeatures];
+    for (int64_t c = 0; c < features; c += kFeatures) {
+      const int64_t count = features - c < kFeatures ? features - c : kFeatures;
+      some(weight, bias, g + c * at->g[2], x + c * at->x[2], shift + c * at->shift[2], scale + c * at->scale[2], at,
+           count);
+      if (normalised) add_raised(w + c, weight, count, power);
+      add_raised(b + c, bias, count, power);
+    }
+  }
+  static FASTCL_HD void add_raised(T* FASTCL_RESTRICT to, const T* FASTCL_RESTRICT sums, int64_t count, int power) {
+    if (power == 2)
+      for (int64_t c = 0; c < count; ++c) to[c] += importance_of<2>(sums[c]);
+    else
+      for (int64_t c = 0; c < count; ++c) to[c] += importance_of<1>(sums[c]);
+  }
+
+  // `count` <= kFeatures features: weight[c] = sum_p g (x - shift) scale, bias[c] = sum_p g.
+  static FASTCL_HD void some(T* weight, T* bias, const In* g, const In* x, const In* shift, const In* scale,
+                             const Layout* at, int64_t count) {
     if (at->g[2] == 1 && (!normalised || at->x[2] == 1)) {
       for (int64_t c = 0; c < count; ++c) weight[c] = bias[c] = T(0);
       if (!normalised) return add_bias(bias, g, at, count);
@@ -30,33 +50,84 @@ struct Reduce1 {
         return per_feature(weight, bias, g, x, shift, scale, at, count);
       if (at->shift[2] == 0 && at->scale[2] == 0) return per_position(weight, bias, g, x, shift, scale, at, count);
     }
+    const bool side_by_side =
+        at->g[1] == 1 && (!normalised || (at->x[1] == 1 && at->shift[1] == 0 && at->scale[1] == 0));
     for (int64_t c = 0; c < count; ++c) {
-      T w_lane[kLanes] = {}, b_lane[kLanes] = {};
       const In *gc = g + c * at->g[2], *xc = x + c * at->x[2];
       const In *shift_c = shift + c * at->shift[2], *scale_c = scale + c * at->scale[2];
-      const bool plain = at->g[1] == 1 && (!normalised || (at->x[1] == 1 && at->shift[1] == 0 && at->scale[1] == 0));
-      int64_t p = 0;
-      if (plain)
-        for (; p + kLanes <= at->positions; p += kLanes)
-          for (int l = 0; l < kLanes; ++l) {
-            const T gi = static_cast<T>(load(gc + p + l));
-            b_lane[l] += gi;
-            if (normalised) w_lane[l] += gi * hat(xc + p + l, shift_c, scale_c);
-          }
-      for (; p < at->positions; ++p) {
-        const T gi = static_cast<T>(load(gc + p * at->g[1]));
-        b_lane[p % kLanes] += gi;
-        if (normalised)
-          w_lane[p % kLanes] += gi * hat(xc + p * at->x[1], shift_c + p * at->shift[1], scale_c + p * at->scale[1]);
-      }
-      T w = 0, b = 0;
-      for (int l = 0; l < kLanes; ++l) {
-        w += w_lane[l];
-        b += b_lane[l];
-      }
-      weight[c] = w;
-      bias[c] = b;
+      if (side_by_side)
+        along_positions(weight + c, bias + c, gc, xc, static_cast<T>(load(shift_c)), static_cast<T>(load(scale_c)),
+                        at->positions);
+      else
+        by_strides(weight + c, bias + c, gc, xc, shift_c, scale_c, at);
     }
+  }
+
+  static constexpr int kHalf = kLanes / 2;  // as wide as gcc stores what load_some converts: wider loads would wait
+  using Vector = typename Lanes<T, kHalf>::Vector;
+  template <int n>
+  static FASTCL_HD T sum(const typename Lanes<T, n>::Vector& lanes) {  // by halves, of which none waits for another
+    const T* lane = reinterpret_cast<const T*>(&lanes);
+    if constexpr (n == 2) {
+      return lane[0] + lane[1];
+    } else {
+      using Half = typename Lanes<T, n / 2>::Vector;
+      Half half = *reinterpret_cast<const Half*>(lane);
+      half += *reinterpret_cast<const Half*>(lane + n / 2);
+      return sum<n / 2>(half);
+    }
+  }
+  // In vectors written out: of two sums in one loop gcc makes scalar code.
+  struct Sums {
+    Vector w[2] = {}, b[2] = {};
+    FASTCL_HD void add(const T* g, const T* x, T shift, int64_t n) {  // n is a multiple of kLanes
+      for (int64_t i = 0; i < n; i += kLanes)
+        for (int h = 0; h < 2; ++h) {
+          const Vector gi = *reinterpret_cast<const Vector*>(g + i + h * kHalf);
+          b[h] += gi;
+          if (normalised) w[h] += gi * (*reinterpret_cast<const Vector*>(x + i + h * kHalf) - shift);
+        }
+    }
+    static FASTCL_HD T of(Vector* halves) {
+      halves[0] += halves[1];
+      return sum<kHalf>(halves[0]);
+    }
+  };
+  static FASTCL_HD void along_positions(T* weight, T* bias, const In* g, const In* x, T shift, T scale, int64_t n) {
+    constexpr int64_t kAtOnce = std::is_same_v<T, In> ? kLanes : 256;
+    Sums sums;
+    int64_t p = 0;
+    if constexpr (std::is_same_v<T, In>) {
+      p = n / kLanes * kLanes;
+      sums.add(g, x, shift, p);
+    }
+    alignas(64) T gs[kAtOnce], xs[kAtOnce];
+    for (; p < n; p += kAtOnce) {
+      const int64_t count = n - p < kAtOnce ? n - p : kAtOnce;
+      load_some(gs, g + p, count);
+      if (normalised) load_some(xs, x + p, count);
+      sums.add(gs, xs, shift, (count + kLanes - 1) / kLanes * kLanes);
+    }
+    *weight = Sums::of(sums.w) * scale;
+    *bias = Sums::of(sums.b);
+  }
+  static FASTCL_HD void load_some(T* FASTCL_RESTRICT to, const In* FASTCL_RESTRICT from, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(load(from + i));
+    for (int64_t i = n; i % kLanes != 0; ++i) to[i] = T(0);
+  }
+  static FASTCL_HD void by_strides(T* weight, T* bias, const In* g, const In* x, const In* shift, const In* scale,
+                                   const Layout* at) {
+    T w_lane[kLanes] = {}, b_lane[kLanes] = {};
+    for (int64_t p = 0; p < at->positions; ++p) {
+      const T gi = static_cast<T>(load(g + p * at->g[1]));
+      b_lane[p % kLanes] += gi;
+      if (normalised)
+        w_lane[p % kLanes] +=
+            gi * ((static_cast<T>(load(x + p * at->x[1])) - static_cast<T>(load(shift + p * at->shift[1]))) *
+                  static_cast<T>(load(scale + p * at->scale[1])));
+    }
+    *weight = Sums::of(reinterpret_cast<Vector*>(w_lane));
+    *bias = Sums::of(reinterpret_cast<Vector*>(b_lane));
   }
 
   static FASTCL_HD void add_bias(T* FASTCL_RESTRICT bias, const In* FASTCL_RESTRICT g, const Layout* at,
@@ -90,10 +161,6 @@ struct Reduce1 {
       }
     }
   }
-
-  static FASTCL_HD T hat(const In* x, const In* shift, const In* scale) {
-    return (static_cast<T>(load(x)) - static_cast<T>(load(shift))) * static_cast<T>(load(scale));
-  }
 };
 
 template <class T, class In, bool normalised>
@@ -107,21 +174,11 @@ void accumulate(T* weight_out, T* bias_out, const Tensor& grad, const Tensors& n
   // other. The chunks of samples depend on N alone, and are added up in order: so the thread count does not matter.
   const int64_t each = (samples + kChunks - 1) / kChunks, chunks = (samples + each - 1) / each;
   std::unique_ptr<T[]> sums(new T[2 * chunks * features]());
-  const auto raised = [power](T value) { return power == 2 ? importance_of<2>(value) : importance_of<1>(value); };
   par_pieces(chunks, std::max<int64_t>(1, 32768 / (each * features * at.positions)), [&](int64_t first, int64_t last) {
-    T weight[kFeatures], bias[kFeatures];
     for (int64_t n = first * each; n < std::min(samples, last * each); ++n) {
-      T *w = sums.get() + 2 * (n / each) * features, *b = w + features;
-      for (int64_t c0 = 0; c0 < features; c0 += kFeatures) {
-        const int64_t count = std::min(kFeatures, features - c0);
-        simd<Reduce1<T, In, normalised>>(weight, bias, g + n * at.g[0] + c0 * at.g[2], x + n * at.x[0] + c0 * at.x[2],
-                                         shift + n * at.shift[0] + c0 * at.shift[2],
-                                         scale + n * at.scale[0] + c0 * at.scale[2], &at, count);
-        for (int64_t c = 0; c < count; ++c) {
-          w[c0 + c] += raised(weight[c]);
-          b[c0 + c] += raised(bias[c]);
-        }
-      }
+      T* w = sums.get() + 2 * (n / each) * features;
+      simd<AddSample<T, In, normalised>>(w, w + features, g + n * at.g[0], x + n * at.x[0], shift + n * at.shift[0],
+                                         scale + n * at.scale[0], &at, features, power);
     }
   });
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -169,6 +226,7 @@ void accumulate_affine_(const Tensors& weights, const Tensors& biases, const Ten
   Layout at = {};
   at.positions = grad.size(1);
   for (int d = 0; d < 3; ++d) {
+    if (grad.size(d) == 1) continue;  // its stride may be anything, and would hide how the others lie
     at.g[d] = grad.stride(d);
     if (normalised.empty()) continue;
     at.x[d] = normalised[0].stride(d);
