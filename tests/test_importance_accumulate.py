@@ -26,7 +26,8 @@ def outer_loop(grad: Tensor, activation: Tensor, power: int) -> Tensor:
 
 
 SIZES = [(1, None, 1, 1), (3, None, 7, 9), (130, None, 17, 49), (300, None, 9, 97), (2, 1, 3, 4), (5, 7, 9, 50),
-         (3, 300, 8, 48), (70, 5, 33, 130), (1, 9, 1, 100)]  # fmt: skip
+         (3, 300, 8, 48), (70, 5, 33, 130), (1, 9, 1, 100),
+         (1, None, 5, 64), (8, None, 3, 201), (8, 1, 70, 130), (9, None, 3, 64)]  # fmt: skip
 
 
 def sums_of(dtype: torch.dtype) -> torch.dtype:
@@ -70,6 +71,16 @@ def test_outer_takes_any_strides(strides: str, dtype: torch.dtype, positions: in
             out = torch.zeros(11, 7, dtype=sums_of(dtype)).T
             ops.accumulate_outer_(out, g, a, power)
             assert relative_error(out, outer_loop(g, a, power)) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("strides", STRIDES)
+def test_outer_of_few_samples_takes_any_strides(strides: str, dtype: torch.dtype) -> None:
+    for other in STRIDES:
+        grad, activation = STRIDES[strides](3, 1, 7).to(dtype), STRIDES[other](3, 1, 71).to(dtype)
+        out = torch.zeros(7, 71, dtype=sums_of(dtype))
+        ops.accumulate_outer_(out, grad, activation, 2)
+        assert relative_error(out, outer_loop(grad, activation, 2)) < 1e-4
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

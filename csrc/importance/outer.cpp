@@ -10,14 +10,48 @@ constexpr const char* kOp = "accumulate_outer_";
 // Rows (samples x positions) packed at a time: a 48-float panel of 256 rows is 48 KiB, one L1 of the CPUs measured.
 constexpr int64_t kRows = 256;
 
+// Few samples: out[o] += sum_n g[n][o] a[n], row by row, as it lies in memory; a tile's columns would not.
+constexpr int64_t kFewRows = 8;
+
+template <class T>
+struct AddFew {  // out[i] += sum_n g[n] a[n][i]
+  static FASTCL_HD void run(T* FASTCL_RESTRICT out, const T* g, int64_t g_stride, const T* FASTCL_RESTRICT a,
+                            int64_t samples, int64_t inputs) {
+    using Vector = typename Lanes<T, kLanes>::Vector;
+    int64_t i = 0;
+    for (; i + kLanes <= inputs; i += kLanes) {
+      Vector sum = *reinterpret_cast<const Vector*>(out + i);
+      for (int64_t n = 0; n < samples; ++n)
+        sum += *reinterpret_cast<const Vector*>(a + n * inputs + i) * g[n * g_stride];
+      *reinterpret_cast<Vector*>(out + i) = sum;
+    }
+    for (; i < inputs; ++i)
+      for (int64_t n = 0; n < samples; ++n) out[i] += a[n * inputs + i] * g[n * g_stride];
+  }
+};
+
+template <class T, class In>
+void accumulate_few(T* out, const Operand& g, const Operand& a, int power) {
+  const Aligned<T> g_raised = aligned<T>(g.samples * g.features + 16),
+                   a_raised = aligned<T>(g.samples * a.features + 16);
+  pack<T, In>(g_raised.get(), g, 0, g.samples, 0, g.features, power);
+  pack<T, In>(a_raised.get(), a, 0, g.samples, 0, a.features, power);
+  par_pieces(g.features, std::max<int64_t>(1, 32768 / a.features), [&](int64_t first, int64_t last) {
+    for (int64_t o = first; o < last; ++o)
+      simd<AddFew<T>>(out + o * a.features, static_cast<const T*>(g_raised.get() + o), g.features,
+                      static_cast<const T*>(a_raised.get()), g.samples, a.features);
+  });
+}
+
 template <class T, class In>
 void accumulate(T* out, const Operand& g, const Operand& a, int power, bool whole = true) {
   if (whole && is_narrow(g.features * a.features, g.samples, g.positions))
     return by_samples(out, g.features * a.features, g.samples, [&](T* sums, int64_t first, int64_t last) {
       accumulate<T, In>(sums, samples_of<In>(g, first, last), samples_of<In>(a, first, last), power, false);
     });
-  const TileChoice<T> tile = choose_tile<T>();
   const bool factorises = g.positions == 1;
+  if (factorises && g.samples <= kFewRows && a.features >= 64) return accumulate_few<T, In>(out, g, a, power);
+  const TileChoice<T> tile = choose_tile<T>();
   const int pack_power = factorises ? power : 0;
   const int64_t per_block = std::max<int64_t>(1, kRows / g.positions);
   const int64_t panels = ceil_div(g.features, tile.mr);
