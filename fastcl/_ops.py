@@ -212,7 +212,7 @@ def vmap_rule(name: str, rule: Callable[..., Any]) -> None:
 def _guard(op: torch._ops.OpOverload, n_mutated: int) -> Callable[..., Any]:
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         tensors = [t for arg in args[:n_mutated] for t in ((arg,) if isinstance(arg, Tensor) else arg)]
-        if torch.is_grad_enabled():
+        if _is_grad_enabled():
             refuse_tracked(op, tensors, args[n_mutated:])
         result = op.redispatch(keyset & _AFTER, *args)
         _increment_version(tensors)
@@ -273,11 +273,11 @@ def call_in_place(
 
     `also`: tensors among `args` that are mutated too.
     """
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         return op(mutated, *args)
     try:
         tensors = (mutated,) if isinstance(mutated, Tensor) else (*mutated, *also)
-        if torch.is_grad_enabled():
+        if _is_grad_enabled():
             refuse_tracked(op, tensors, args)
         with _BelowAutograd():
             result = op(mutated, *args)

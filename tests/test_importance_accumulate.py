@@ -256,10 +256,11 @@ def test_affine_is_the_loop_over_samples(features: int, positions: int, of: str,
         want_b = bias.double() + (grad.double().sum(1).abs() ** power).sum(0)
         alone = bias.clone()
         ops.accumulate_affine_(weight, bias, grad, (x, shift, scale), power)
-        torch.testing.assert_close(weight.double(), want_w, rtol=1e-5, atol=1e-4)
-        torch.testing.assert_close(bias.double(), want_b, rtol=1e-5, atol=1e-4)
+        atol = 1e-5 if positions <= 37 else 1e-4  # longer sums cancel more
+        torch.testing.assert_close(weight.double(), want_w, rtol=1e-5, atol=atol)
+        torch.testing.assert_close(bias.double(), want_b, rtol=1e-5, atol=atol)
         ops.accumulate_affine_(None, alone, grad, None, power)
-        torch.testing.assert_close(alone, bias, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(alone, bias, rtol=1.3e-6 if positions <= 37 else 1e-5, atol=atol)
 
 
 def test_bad_affine() -> None:

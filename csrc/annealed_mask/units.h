@@ -83,7 +83,7 @@ void for_units(const Units& u, const F& f) {
 }
 
 // ---- units of few neighbouring weights (a column, a kernel of a transposed convolution): strips of whole units, and a
-// few of their rows at a time; unit by unit, columns took twenty times as long as torch ----
+// few of their rows at a time; unit by unit, columns took twelve times as long as torch ----
 
 constexpr int64_t kShort = 64;    // below so many weights
 constexpr int64_t kStrip = 2048;  // weights of a row

@@ -159,7 +159,8 @@ def masked_weight(
     Raises:
         ValueError: shapes or dtypes that do not fit, scale or s_max out of range, a mask outside [0, 1] or NaN.
 
-    Cost: 12 bytes a float32 weight forward, 20 backward (and the mask's), no temporary.
+    Cost: 12 bytes a float32 weight forward, 20 backward (and the mask's), no temporary. With an embedding for every
+    unit 8 and 12, and backward for columns sums in double, at most a quarter of the weight.
 
     Example:
         >>> fastcl.ops.masked_weight(torch.ones(2), torch.tensor([-1.0, 1.0]), scale=2.0)
