@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import multiprocessing
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -196,22 +198,48 @@ def test_log_prob_gradients(kind: str) -> None:
     assert torch.autograd.gradcheck(density, (x, means, scale))
 
 
-@pytest.mark.parametrize("far", ["", "0", "1", "48", "12345678", "012345678"])
+@pytest.mark.parametrize("far", [(), (0,), (1,), (40, 70), (4, 8, 73), range(1, 74), range(74)], ids=str)
 @pytest.mark.parametrize("offset", [0.0, 1e4])
-def test_components_near_and_far_from_the_middle(far: str, offset: float) -> None:
-    """float32 without a factor takes them by different formulas, alone and in pairs: the same error for all."""
-    means, deviation = mixture(9, 37, "diagonal")
+def test_components_near_and_far_from_the_middle(far: Sequence[int], offset: float) -> None:
+    """float32 without a factor takes them by different formulas, by registers and by what is left over of them."""
+    means, deviation = mixture(74, 37, "diagonal")
     means = 0.1 * means + offset
-    for k in map(int, far):
+    for k in far:
         means[k] += (100 if k > 0 else 3e5) * deviation[k]  # 100: the others stay near; 3e5: the middle is far from all
     means, deviation = means.float(), deviation.float()
-    labels = torch.arange(200) % 9
+    labels = torch.arange(200) % 74
     x = means[labels] + deviation[labels] * torch.randn(200, 37)
     found = fastcl.ops.gmm_log_prob(x, means, deviation).double()
     want = reference.gmm_log_prob(x.double(), means.double(), deviation.double())
     torch.testing.assert_close(found, want, rtol=3e-6, atol=1e-4)
     alone = torch.stack([fastcl.ops.gmm_log_prob(x[i : i + 1], means, deviation)[0] for i in range(0, 200, 67)])
     assert torch.equal(alone.double(), found[::67])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("k", [1, 4, 5, 13, 16, 20, 31, 33, 48, 66])
+def test_any_number_of_components_features_and_samples(k: int, dtype: torch.dtype) -> None:
+    """Registers of components that are full or not, in pairs and alone, and what is left over; tiles of samples."""
+    for d, offset in itertools.product((1, 7, 16, 37, 48), (0.0, 50.0)):
+        means, deviation = mixture(k, d, "diagonal")
+        means, deviation = (means + offset).to(dtype), deviation.to(dtype)
+        labels = torch.arange(109) % k
+        x = (means[labels].double() + deviation[labels].double() * torch.randn(109, d)).to(dtype)
+        weights = torch.rand(k).to(dtype)
+        exact = [t.double() for t in (x, weights, means, deviation)]
+        want, shared = reference.gmm_log_prob(exact[0], *exact[2:]), reference.gmm_responsibilities(*exact)
+        eps = torch.finfo(dtype).eps
+        for n in (1, 3, 12, 13, 95, 97, 109):
+            found = fastcl.ops.gmm_log_prob(x[:n], means, deviation)
+            torch.testing.assert_close(found.double(), want[:n], rtol=10 * eps, atol=1e3 * min(eps, 1e-7))
+            whole_x = fastcl.ops.gmm_log_prob(x, means, deviation)
+            assert torch.equal(found, whole_x[:n])
+            for got, right in zip(
+                fastcl.ops.gmm_responsibilities(x[:n], weights, means, deviation), shared, strict=True
+            ):
+                torch.testing.assert_close(
+                    got.double(), right[:n], rtol=max(1e4 * min(eps, 1e-7), eps), atol=max(1e3 * min(eps, 1e-7), eps)
+                )
 
 
 def test_ill_conditioned_factors() -> None:

@@ -54,4 +54,14 @@ struct Invert {  // inverse[i] = 1 / l[i]
   }
 };
 
+// The part of a log density that x does not change, of deviations whose logarithms sum to `log`.
+inline double log_constant(double log, int64_t features) {
+  return -log - 0.5 * double(features) * 1.8378770664093453;  // ln 2 pi
+}
+
+inline void check_deviations(const char* op, const std::vector<char>& good) {
+  for (size_t k = 0; k < good.size(); ++k)
+    FASTCL_CHECK(good[k], op, ": scale_trils of component ", k, " must have a positive, finite diagonal");
+}
+
 }  // namespace fastcl
