@@ -113,8 +113,10 @@ FASTCL_AVX512 inline void few_scaled_squares(float* out, int64_t ldo, const floa
                                              const float* inverse, const float* constant, int64_t features,
                                              int64_t used, int64_t ahead) {
   __m512 sums[kFew * kFew] = {};
-  for (int64_t j = 0; j < features; j += 16) {
-    const __mmask16 there = static_cast<__mmask16>(features - j < 16 ? (1 << (features - j)) - 1 : 0xffff);
+  int64_t j = 0;
+  do {  // there is one: asked first, gcc would keep the sums in memory too
+    const __mmask16 there =
+        static_cast<__mmask16>(_bzhi_u32(0xffff, static_cast<unsigned>(std::min<int64_t>(16, features - j))));
     __m512 value[samples];
     for (int s = 0; s < samples; ++s) {
       prefetch_later(x + s * ldx + j + ahead);
@@ -128,11 +130,14 @@ FASTCL_AVX512 inline void few_scaled_squares(float* out, int64_t ldo, const floa
         sums[s * kFew + c] = _mm512_fmadd_ps(y, y, sums[s * kFew + c]);
       }
     }
-  }
-  float half[kFew * kFew];
-  _mm512_storeu_ps(half, _mm512_mul_ps(sums_of(sums), _mm512_set1_ps(0.5f)));
+    j += 16;
+  } while (j < features);
+  const __m512 constants = _mm512_broadcast_f32x4(_mm_loadu_ps(constant));
+  float logs[kFew * kFew];
+  _mm512_storeu_ps(logs, _mm512_fnmadd_ps(sums_of(sums), _mm512_set1_ps(0.5f), constants));
+  FASTCL_ROLLED
   for (int s = 0; s < samples; ++s)
-    for (int64_t c = 0; c < used; ++c) out[s * ldo + c] = constant[c] - half[s * kFew + c];
+    _mm_mask_storeu_ps(out + s * ldo, static_cast<__mmask8>((1 << used) - 1), _mm_loadu_ps(logs + s * kFew));
 }
 #endif
 
