@@ -107,7 +107,8 @@ FASTCL_AVX512 inline __m512 sums_of(__m512 (&r)[16]) {
 }
 
 // The same of four components and as many samples, or one, the features side by side: what is left over of registers of
-// sixteen components takes as much time as it has components, not as a register has. at and inverse [component][j].
+// sixteen components takes as much time as it has components, not as a register has. at and inverse [component][j],
+// constant [kFew] however many are used.
 template <bool near, int samples>
 FASTCL_AVX512 inline void few_scaled_squares(float* out, int64_t ldo, const float* x, int64_t ldx, const float* at,
                                              const float* inverse, const float* constant, int64_t features,
