@@ -100,12 +100,6 @@ class DirectCalls {
   }
 
  private:
-  // Not through pybind's calls, which make a tuple first.
-  static bool says_yes(const py::object& f) {
-    const int truth = PyObject_IsTrue(made(PyObject_CallNoArgs(f.ptr())).ptr());
-    if (truth < 0) throw py::error_already_set();
-    return truth != 0;
-  }
   bool is_negated(const py::object& t) const {
     return made(PyObject_CallMethodNoArgs(t.ptr(), is_neg_.ptr())).ptr() == Py_True;
   }

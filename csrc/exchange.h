@@ -23,7 +23,28 @@ struct DLTensor {
   const int64_t *shape, *strides;
   uint64_t byte_offset;
 
+  static constexpr int32_t kCpu = 1;
+
   int64_t address() const { return reinterpret_cast<int64_t>(data) + static_cast<int64_t>(byte_offset); }
+  int64_t numel() const {
+    int64_t n = 1;
+    for (int32_t d = 0; d < ndim; ++d) n *= shape[d];
+    return n;
+  }
+  bool is_contiguous() const {
+    int64_t next = 1;
+    for (int32_t d = ndim - 1; d >= 0; next *= shape[d--])
+      if (shape[d] != 1 && strides[d] != next) return false;
+    return true;
+  }
+  int64_t dtype() const {  // by torch's numbers; -1 for none that a kernel takes
+    constexpr struct {
+      int code, bits, number;
+    } kKnown[] = {{1, 8, 0}, {2, 16, 5}, {2, 32, 6}, {2, 64, 7}, {6, 8, 11}, {4, 16, 15}};
+    for (const auto& known : kKnown)
+      if (known.code == type_code && known.bits == type_bits && type_lanes == 1) return known.number;
+    return -1;
+  }
   size_t form_words() const { return 4 + 2 * size_t(ndim); }
   template <class Word>
   void form(const Word& word) const {  // word(x) for each of form_words() numbers: device, dtype, shape, strides
@@ -65,6 +86,13 @@ inline py::object made(PyObject* object) {
   return py::reinterpret_steal<py::object>(object);
 }
 
+// Whether a function without arguments says so. Not through pybind's calls, which make a tuple first.
+inline bool says_yes(py::handle f) {
+  const int truth = PyObject_IsTrue(made(PyObject_CallNoArgs(f.ptr())).ptr());
+  if (truth < 0) throw py::error_already_set();
+  return truth != 0;
+}
+
 // An attribute of tensors that C computes (requires_grad, grad, _version), by its descriptor.
 class Attribute {
  public:
@@ -81,7 +109,8 @@ class Attribute {
   void* closure_;
 };
 
-void bind_plan(py::module_& m);          // plan.cpp
-void bind_direct_calls(py::module_& m);  // direct_calls.cpp
+void bind_plan(py::module_& m);              // plan.cpp
+void bind_direct_calls(py::module_& m);      // direct_calls.cpp
+void bind_direct_functions(py::module_& m);  // direct_functions.cpp
 
 }  // namespace fastcl

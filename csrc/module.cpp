@@ -53,5 +53,6 @@ PYBIND11_MODULE(_C, m, fastcl::py::mod_gil_not_used()) {
   m.def("build_info", &build_info, "Compiler, torch headers and target, CPU features of this machine.");
   m.def("can_describe", &can_describe, "Whether this is an exchange API that this module knows.");
   bind_direct_calls(m);
+  bind_direct_functions(m);
   bind_plan(m);
 }

@@ -51,9 +51,24 @@ _requires_grad = attrgetter("requires_grad")
 _dtype = attrgetter("dtype")
 _AFTER = torch._C._after_ADInplaceOrView_keyset
 catalogue: dict[str, torch._ops.OpOverload] = {}
-# by the op's id (its hash is a call in Python): whether it takes lists of tensors, and what makes a differentiable
-# one's autograd.Function and gives its `apply`
-_rules: dict[int, tuple[bool, Callable[[], Callable[..., Any]] | None]] = {}
+
+
+NEEDS_GRADIENT = NotImplemented  # a rule's `direct` says so of plain tensors that are tracked
+
+
+class _Rule:
+    """How :func:`call` calls an op."""
+
+    __slots__ = ("direct", "lists", "node")
+
+    def __init__(self, lists: bool) -> None:
+        self.lists = lists  # whether it takes lists of tensors
+        self.node: Callable[..., Any] | None = None  # a differentiable one's autograd.Function's `apply`
+        # the op on plain tensors, past the dispatcher: its output, NEEDS_GRADIENT, or None where it must be called
+        self.direct: Callable[[tuple[Any, ...]], Any] = lambda args: None
+
+
+_rules: dict[int, _Rule] = {}  # by the op's id: its hash is a call in Python
 
 
 def define(schema: str, reference: Callable[..., Any]) -> torch._ops.OpOverload:
@@ -69,7 +84,7 @@ def define(schema: str, reference: Callable[..., Any]) -> torch._ops.OpOverload:
     if "!)" in schema:
         _library.impl(name, _guard(op, schema.count("!)")), "Autograd", with_keyset=True)
     catalogue[name] = op
-    _rules[id(op)] = any(str(argument.type) == "List[Tensor]" for argument in op._schema.arguments), None
+    _rules[id(op)] = _Rule(any(str(argument.type) == "List[Tensor]" for argument in op._schema.arguments))
     return op
 
 
@@ -78,7 +93,9 @@ def internal(schema: str, reference: Callable[..., Any]) -> torch._ops.OpOverloa
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, reference, "CompositeExplicitAutograd")
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    _rules[id(op)] = _Rule(False)
+    return op
 
 
 def on_gpu(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
@@ -155,22 +172,29 @@ def differentiable(name: str, backward: Callable[..., Any], setup_context: Calla
     _library.impl(name, kernel, "Autograd", with_keyset=True)
     op = catalogue[name]
     if not any(str(result.type).startswith("List") for result in op._schema.returns):
-        lists, _ = _rules[id(op)]
-        _rules[id(op)] = lists, _node(op, backward, setup_context, lists)
+        rule = _rules[id(op)]
+        rule.node = _node(op, backward, setup_context, rule)
+
+
+def shortcut(op: torch._ops.OpOverload, direct: Callable[[tuple[Any, ...]], Any]) -> None:
+    """Sets a rule's `direct`."""
+    _rules[id(op)].direct = direct
 
 
 def _node(
-    op: torch._ops.OpOverload, backward: Callable[..., Any], setup_context: Callable[..., None], lists: bool
-) -> Callable[[], Callable[..., Any]]:
-    """The same rule as an autograd.Function of one level, which :func:`run` uses: half the time of the dispatcher's.
+    op: torch._ops.OpOverload, backward: Callable[..., Any], setup_context: Callable[..., None], rule: _Rule
+) -> Callable[..., Any]:
+    """The same rule as an autograd.Function of one level, which :func:`call` uses: half the time of the dispatcher's.
 
     Every frame of Python counts: a small tensor's mask and its gradient take fifty microseconds, half of it the engine.
     """
     kernel = op._op  # what OpOverload.__call__ calls
 
     def forward(ctx: Any, *args: Any) -> Any:
-        with _BelowAutograd():
-            output = kernel(*args)
+        output = rule.direct(args)
+        if output is None:
+            with _BelowAutograd():
+                output = kernel(*args)
         setup_context(ctx, args, output)
         return output
 
@@ -181,15 +205,16 @@ def _node(
         found = backward(ctx, *grads)
         return *(g for grad in found for g in (grad if isinstance(grad, (list, tuple)) else (grad,))), None
 
-    halves = (forward_of_lists, flat_backward) if lists else (forward, backward)
+    halves = (forward_of_lists, flat_backward) if rule.lists else (forward, backward)
 
-    @functools.cache
-    def made() -> Callable[..., Any]:
+    def first(*args: Any) -> Any:
         members = dict(zip(("forward", "backward"), map(staticmethod, halves), strict=True))
         function = type(op._opname, (torch.autograd.Function,), members)
-        return super(torch.autograd.Function, function).apply  # Function's own asks about transforms anew: 2 us
+        function._backward_cls.apply = halves[1]  # type: ignore[attr-defined]  # the engine's call, a frame less
+        rule.node = super(torch.autograd.Function, function).apply  # Function's own asks about transforms anew: 2 us
+        return rule.node(*args)
 
-    return made
+    return first
 
 
 def _nested(flat: Sequence[Any], lengths: Sequence[int]) -> tuple[Any, ...]:
@@ -239,31 +264,37 @@ def refuse_tracked(op: torch._ops.OpOverload, mutated: Sequence[Tensor], args: S
                 )
 
 
-def run(op: torch._ops.OpOverload, *args: Any) -> Any:
-    """A functional op with its gradient, past the dispatcher's generic autograd where nothing else watches."""
-    if _is_compiling() or _transforming():
-        return op(*args)
-    if _is_grad_enabled():
-        lists, rule = _rules[id(op)]
-        flat = [t for arg in args for t in (arg if isinstance(arg, (list, tuple)) else (arg,))] if lists else args
-        for t in flat:
-            if isinstance(t, Tensor) and t.requires_grad:
-                if rule is None:
-                    return op(*args)
-                inputs = [_unwrap(t) if isinstance(t, Tensor) else t for t in flat]
-                if not lists:
-                    return rule()(*inputs)
-                return rule()(*inputs, [len(arg) if isinstance(arg, (list, tuple)) else -1 for arg in args])
-    with _BelowAutograd():
-        return op._op(*args)
-
-
 def call(op: torch._ops.OpOverload, *args: Any) -> Any:
-    """:func:`run`; bad input becomes ValueError (or TypeError) naming the argument."""
+    """A functional op with its gradient, past the dispatcher's generic autograd where nothing else watches.
+
+    Bad input becomes ValueError (or TypeError) naming the argument.
+    """
     try:
-        return run(op, *args)
+        if _is_compiling():
+            return op(*args)
+        rule = _rules[id(op)]
+        output = rule.direct(args)
+        if output is None:
+            return _otherwise(op, rule, args)
+        return output if output is not NEEDS_GRADIENT else rule.node(*args)  # type: ignore[misc]
     except (RuntimeError, AttributeError) as error:
         raise _explain(op, error, args) from None
+
+
+def _otherwise(op: torch._ops.OpOverload, rule: _Rule, args: tuple[Any, ...]) -> Any:
+    if _transforming():
+        return op(*args)
+    if _is_grad_enabled():
+        flat = [t for arg in args for t in (arg if isinstance(arg, (list, tuple)) else (arg,))] if rule.lists else args
+        if any(isinstance(t, Tensor) and t.requires_grad for t in flat):
+            if rule.node is None:
+                return op(*args)
+            inputs = [_unwrap(t) if isinstance(t, Tensor) else t for t in flat]
+            if not rule.lists:
+                return rule.node(*inputs)
+            return rule.node(*inputs, [len(arg) if isinstance(arg, (list, tuple)) else -1 for arg in args])
+    with _BelowAutograd():
+        return op._op(*args)
 
 
 def call_in_place(

@@ -1,7 +1,6 @@
-#include "../common/cpu.h"
-
 #include <cmath>
 
+#include "../common/direct.h"
 #include "math.h"
 
 namespace fastcl {
@@ -25,8 +24,19 @@ struct MaskBackward {
   }
 };
 
+bool is_scale(double scale) { return std::isfinite(scale) && scale >= 0; }
+
 void check_scale(const char* op, double scale) {
-  FASTCL_CHECK(std::isfinite(scale) && scale >= 0, op, ": scale is ", scale, " but must be finite and not negative");
+  FASTCL_CHECK(is_scale(scale), op, ": scale is ", scale, " but must be finite and not negative");
+}
+
+void write_mask(const char* op, void* mask, const void* embedding, ScalarType dtype, double scale, int64_t numel) {
+  dispatch_float(dtype, op, "embedding", [&](auto type) {
+    using T = decltype(type);
+    for_elements(numel, [&](int64_t begin, int64_t n) {
+      simd<AnnealedMask<T>>(static_cast<T*>(mask) + begin, static_cast<const T*>(embedding) + begin, scale, n);
+    });
+  });
 }
 
 Tensor mask_of(const char* op, Tensor embedding, double scale) {
@@ -34,13 +44,7 @@ Tensor mask_of(const char* op, Tensor embedding, double scale) {
   FASTCL_CHECK(embedding.is_cpu(), op, ": embedding must be a CPU tensor");
   Tensor mask = fresh_like(embedding);
   embedding = in_layout_of(embedding, mask);
-  dispatch_float(embedding.scalar_type(), op, "embedding", [&](auto type) {
-    using T = decltype(type);
-    T* m = static_cast<T*>(mask.mutable_data_ptr());
-    const T* e = static_cast<const T*>(embedding.const_data_ptr());
-    for_elements(embedding.numel(),
-                 [&](int64_t begin, int64_t n) { simd<AnnealedMask<T>>(m + begin, e + begin, scale, n); });
-  });
+  write_mask(op, mask.mutable_data_ptr(), embedding.const_data_ptr(), embedding.scalar_type(), scale, mask.numel());
   return mask;
 }
 
@@ -57,6 +61,18 @@ Tensor compensated_mask_cpu(Tensor embedding, double scale, double s_max, bool l
 }
 
 template <Compensation kind>
+void write_gradient(const char* op, void* grad_embedding, const void* grad, const void* embedding, ScalarType dtype,
+                    double scale, double s_max, int64_t numel) {
+  dispatch_float(dtype, op, "embedding", [&](auto type) {
+    using T = decltype(type);
+    for_elements(numel, [&](int64_t begin, int64_t n) {
+      simd<MaskBackward<T, kind>>(static_cast<T*>(grad_embedding) + begin, static_cast<const T*>(grad) + begin,
+                                  static_cast<const T*>(embedding) + begin, scale, s_max, n);
+    });
+  });
+}
+
+template <Compensation kind>
 Tensor mask_backward(const char* op, Tensor grad, Tensor embedding, double scale, double s_max) {
   check_scale(op, scale);
   check_like(grad, embedding, op, "grad", "embedding");
@@ -64,15 +80,8 @@ Tensor mask_backward(const char* op, Tensor grad, Tensor embedding, double scale
   Tensor grad_embedding = fresh_like(embedding);
   embedding = in_layout_of(embedding, grad_embedding);
   grad = in_layout_of(grad, grad_embedding);
-  dispatch_float(embedding.scalar_type(), op, "embedding", [&](auto type) {
-    using T = decltype(type);
-    T* ge = static_cast<T*>(grad_embedding.mutable_data_ptr());
-    const T* gm = static_cast<const T*>(grad.const_data_ptr());
-    const T* e = static_cast<const T*>(embedding.const_data_ptr());
-    for_elements(embedding.numel(), [&](int64_t begin, int64_t n) {
-      simd<MaskBackward<T, kind>>(ge + begin, gm + begin, e + begin, scale, s_max, n);
-    });
-  });
+  write_gradient<kind>(op, grad_embedding.mutable_data_ptr(), grad.const_data_ptr(), embedding.const_data_ptr(),
+                       embedding.scalar_type(), scale, s_max, embedding.numel());
   return grad_embedding;
 }
 
@@ -97,3 +106,21 @@ STABLE_TORCH_LIBRARY_IMPL(FASTCL_NS, CPU, m) {
 }
 
 }  // namespace fastcl
+
+extern "C" FASTCL_EXPORT int64_t function_annealed_mask(const fastcl::PlainTensor* in, const fastcl::PlainTensor* out,
+                                                        const double* numbers) {
+  using namespace fastcl;
+  if (!is_scale(numbers[0]) || !is_floating(dtype_of(in[0]))) return 1;
+  write_mask("annealed_mask", out[0].data, in[0].data, dtype_of(in[0]), numbers[0], in[0].numel);
+  return 0;
+}
+
+extern "C" FASTCL_EXPORT int64_t function_annealed_mask_backward(const fastcl::PlainTensor* in,
+                                                                 const fastcl::PlainTensor* out,
+                                                                 const double* numbers) {
+  using namespace fastcl;
+  if (!is_scale(numbers[0]) || !is_floating(dtype_of(in[1])) || !in[0].is_like(in[1])) return 1;
+  write_gradient<Compensation::none>("annealed_mask_backward", out[0].data, in[0].data, in[1].data, dtype_of(in[1]),
+                                     numbers[0], 1.0, in[1].numel);
+  return 0;
+}

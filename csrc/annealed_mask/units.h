@@ -2,9 +2,11 @@
 // gradient is each unit's sum of g w. Sums are taken in an order that the thread count does not change.
 #pragma once
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "../common/cpu.h"
+#include "../common/plain.h"
 #include "math.h"
 
 namespace fastcl {
@@ -15,6 +17,23 @@ struct Units {
   int64_t row() const { return units * after; }
   int64_t numel() const { return before * row(); }
 };
+
+// False where the embedding has neither the weight's shape nor one value for each unit.
+inline bool find_units(const PlainTensor& weight, const PlainTensor& embedding, Units* u) {
+  int64_t dim = -1;
+  if (embedding.dim != weight.dim) return false;
+  for (int64_t d = 0; d < weight.dim; ++d)
+    if (embedding.sizes[d] != 1) {
+      if (dim >= 0 || embedding.sizes[d] != weight.sizes[d]) return false;
+      dim = d;
+    }
+  *u = {};
+  if (dim < 0) dim = 0;
+  if (weight.dim == 0) return true;
+  for (int64_t d = 0; d < weight.dim; ++d) (d < dim ? u->before : d == dim ? u->units : u->after) *= weight.sizes[d];
+  if (embedding.numel == 1 && u->units != 1) *u = {1, 1, weight.numel};
+  return true;
+}
 
 template <class T, Compensation kind>
 struct Gates {
@@ -105,16 +124,28 @@ struct ScaleRowsBackward {
   static FASTCL_HD void run(T* FASTCL_RESTRICT gw, double* FASTCL_RESTRICT sums, const T* FASTCL_RESTRICT g,
                             const T* FASTCL_RESTRICT w, const A* FASTCL_RESTRICT factor, int64_t rows, int64_t stride,
                             int64_t n) {
-    alignas(64) A some[kStrip];
-    for (int64_t r = 0; r < rows; ++r, gw += stride, g += stride, w += stride) {
-      const bool first = r % 8 == 0;
-      for (int64_t i = 0; i < n; ++i) {
-        const A grad = load(g + i), product = grad * load(w + i);
-        some[i] = first ? product : some[i] + product;
-        store(gw + i, grad * factor[i]);
+    int64_t r = 0;
+    for (; r + 8 <= rows; r += 8) some<8>(gw + r * stride, sums, g + r * stride, w + r * stride, factor, stride, n);
+    for (; r < rows; ++r) some<1>(gw + r * stride, sums, g + r * stride, w + r * stride, factor, stride, n);
+  }
+  // Down kRows rows at once: a column's sum stays in its register.
+  template <int kRows>
+  static FASTCL_HD void some(T* FASTCL_RESTRICT gw, double* FASTCL_RESTRICT sums, const T* FASTCL_RESTRICT g,
+                             const T* FASTCL_RESTRICT w, const A* FASTCL_RESTRICT factor, int64_t stride, int64_t n) {
+    FASTCL_INDEPENDENT
+    for (int64_t i = 0; i < n; ++i) {
+      A sum = 0;
+      const auto row = [&](int64_t r) FASTCL_LAMBDA_HD {
+        const int64_t at = r * stride + i;
+        const A grad = load(g + at);
+        sum += grad * load(w + at);
+        store(gw + at, grad * factor[i]);
+      };
+      row(0);
+      if constexpr (kRows == 8) {  // a loop here, and gcc would leave all of it without vectors
+        row(1), row(2), row(3), row(4), row(5), row(6), row(7);
       }
-      if (r % 8 == 7 || r == rows - 1)
-        for (int64_t i = 0; i < n; ++i) sums[i] += some[i];
+      sums[i] += sum;
     }
   }
 };
@@ -131,7 +162,7 @@ struct Strips {
   explicit Strips(const Units& all)
       : u(all),
         units_each(std::min(all.units, kStrip / all.after)),
-        rows_each(std::max<int64_t>({1, all.before / 32, VirtualArray::kChunk / (units_each * all.after)})),
+        rows_each(std::max<int64_t>({8, all.before / 32, VirtualArray::kChunk / (units_each * all.after)}) / 8 * 8),
         across((all.units + units_each - 1) / units_each),
         groups((all.before + rows_each - 1) / rows_each) {}
 
@@ -147,9 +178,12 @@ struct Strips {
   }
   int64_t begin(const Strip& s) const { return s.row * u.row() + s.unit * u.after; }
 
+  // A number for each weight of a row of the strip, from one for each unit; `room` for kStrip of them.
   template <class A>
-  void spread(A* to, const A* mask, const Strip& s) const {
-    for (int64_t i = 0; i < s.units; ++i) std::fill_n(to + i * u.after, u.after, mask[s.unit + i]);
+  const A* spread(A* room, const A* each, const Strip& s) const {
+    if (u.after == 1) return each + s.unit;
+    for (int64_t i = 0; i < s.units; ++i) std::fill_n(room + i * u.after, u.after, each[s.unit + i]);
+    return room;
   }
 };
 
@@ -162,10 +196,10 @@ void scale_units(T* out, const T* w, const T* e, double scale, const Units& u) {
   if (u.after < kShort) {
     const Strips strips(u);
     strips.for_each([&](const Strip& s) {
-      alignas(64) A factor[kStrip];
-      strips.spread(factor, masks.mask.data(), s);
+      alignas(64) A room[kStrip];
+      const A* factor = strips.spread(room, masks.mask.data(), s);
       const int64_t at = strips.begin(s);
-      simd<ScaleRows<T>>(out + at, w + at, static_cast<const A*>(factor), s.rows, u.row(), s.units * u.after);
+      simd<ScaleRows<T>>(out + at, w + at, factor, s.rows, u.row(), s.units * u.after);
     });
     return;
   }
@@ -188,13 +222,16 @@ void scale_units_backward(T* gw, T* ge, const T* g, const T* w, const T* e, doub
     const Strips strips(u);
     std::vector<double> dots(strips.groups * u.units);
     strips.for_each([&](const Strip& s) {
-      alignas(64) A factor[kStrip];
-      alignas(64) double sums[kStrip];
+      alignas(64) A room[kStrip];
+      alignas(64) double several[kStrip];
+      const A* factor = strips.spread(room, masks.mask.data(), s);
+      double* dot = dots.data() + s.group * u.units + s.unit;
+      double* sums = u.after == 1 ? dot : several;
       const int64_t at = strips.begin(s), n = s.units * u.after;
-      strips.spread(factor, masks.mask.data(), s);
       std::fill_n(sums, n, 0.0);
-      simd<ScaleRowsBackward<T>>(gw + at, sums, g + at, w + at, static_cast<const A*>(factor), s.rows, u.row(), n);
-      for (int64_t i = 0; i < n; ++i) dots[s.group * u.units + s.unit + i / u.after] += sums[i];
+      simd<ScaleRowsBackward<T>>(gw + at, sums, g + at, w + at, factor, s.rows, u.row(), n);
+      if (sums == dot) return;
+      for (int64_t i = 0; i < s.units; ++i) dot[i] = std::accumulate(sums + i * u.after, sums + (i + 1) * u.after, 0.0);
     });
     for (int64_t i = 0; i < u.units; ++i) {
       double dot = 0;

@@ -3,6 +3,7 @@
 #include <optional>
 #include <tuple>
 
+#include "../common/direct.h"
 #include "../common/masks.h"
 #include "math.h"
 #include "sixteen.h"
@@ -122,13 +123,19 @@ void backward_piece(T* gw, T* ge, const T* g, const T* w, const T* e, const Mask
   simd<MaskedWeightBackward<T, kind, true>>(gw, ge, g, w, e, reserved, scale, s_max, grad_kept, begin, n);
 }
 
+bool are_scales(double scale, double s_max, int64_t compensation) {
+  return std::isfinite(scale) && (compensation == 0 || (std::isfinite(s_max) && s_max > 0)) &&
+         (compensation == 2 ? scale > 0 : scale >= 0) && compensation >= 0 && compensation <= 2;
+}
+
 void check_scales(const char* op, double scale, double s_max, int64_t compensation) {
+  if (are_scales(scale, s_max, compensation)) return;
   FASTCL_CHECK(std::isfinite(scale) && scale >= 0, op, ": scale is ", scale, " but must be finite and not negative");
   FASTCL_CHECK(compensation >= 0 && compensation <= 2, op, ": compensation is ", compensation,
                " but must be 0 (none), 1 (analytic) or 2 (literal)");
-  FASTCL_CHECK(compensation == 0 || (std::isfinite(s_max) && s_max > 0), op, ": s_max is ", s_max,
+  FASTCL_CHECK(std::isfinite(s_max) && s_max > 0, op, ": s_max is ", s_max,
                " but must be finite and positive for a compensated gradient");
-  FASTCL_CHECK(compensation != 2 || scale > 0, op, ": scale is 0 but must be positive for the literal compensation");
+  fail(op, ": scale is 0 but must be positive for the literal compensation");
 }
 
 template <class F>
@@ -138,45 +145,38 @@ auto dispatch_compensation(int64_t kind, const F& f) {
   return f(std::integral_constant<Compensation, Compensation::none>{});
 }
 
-bool same_shape(const Tensor& a, const Tensor& b) {
-  const auto x = a.sizes(), y = b.sizes();
-  return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());
+PlainTensor without_data(const Tensor& t) {
+  return {nullptr, t.sizes().data(), t.dim(), t.numel(), static_cast<int64_t>(t.scalar_type())};
 }
 
-Units units_of(const Tensor& weight, const Tensor& embedding, const char* op) {
-  int64_t dim = -1;
-  bool good = embedding.dim() == weight.dim();
-  for (int64_t d = 0; good && d < weight.dim(); ++d)
-    if (embedding.size(d) != 1) {
-      good = dim < 0 && embedding.size(d) == weight.size(d);
-      dim = d;
-    }
-  FASTCL_CHECK(good, op, ": embedding must have the shape of weight, or be 1 in every dimension but one of it");
-  Units u;
-  if (dim < 0) dim = 0;
-  if (weight.dim() == 0) return u;
-  for (int64_t d = 0; d < weight.dim(); ++d) (d < dim ? u.before : d == dim ? u.units : u.after) *= weight.size(d);
-  if (embedding.numel() == 1 && u.units != 1) u = {1, 1, weight.numel()};
-  return u;
-}
+// Weight and embedding, of one dtype, as a kernel takes them.
+struct Operands {
+  PlainTensor weight, embedding;
+  bool good, per_unit;
+  Units units;
+
+  Operands(const PlainTensor& w, const PlainTensor& e)
+      : weight(w), embedding(e), good(true), per_unit(!w.has_shape_of(e)) {
+    if (per_unit) good = find_units(w, e, &units);
+  }
+  ScalarType dtype() const { return dtype_of(weight); }
+};
 
 struct Problem {
   Tensor weight, embedding;
-  bool per_unit;
-  Units units;
+  Operands operands;
 
-  Problem(const Tensor& w, const Tensor& e, const char* op) : weight(w), embedding(e), per_unit(!same_shape(w, e)) {
+  Problem(const Tensor& w, const Tensor& e, const char* op)
+      : weight(w), embedding(e), operands(without_data(w), without_data(e)) {
     FASTCL_CHECK(w.is_cpu() && e.is_cpu(), op, ": weight and embedding must be CPU tensors");
     dispatch_float(w.scalar_type(), op, "weight", [](auto) {});
     check_same_dtype(e, w, op, "embedding", "weight");
-    if (per_unit) {
-      units = units_of(w, e, op);
-      weight = row_major(weight);
-      embedding = row_major(embedding);
-    } else {
-      weight = without_gaps(weight);
-      embedding = in_layout_of(embedding, weight);
-    }
+    FASTCL_CHECK(operands.good, op,
+                 ": embedding must have the shape of weight, or be 1 in every dimension but one of it");
+    weight = operands.per_unit ? row_major(weight) : without_gaps(weight);
+    embedding = operands.per_unit ? row_major(embedding) : in_layout_of(embedding, weight);
+    operands.weight.data = const_cast<void*>(weight.const_data_ptr());
+    operands.embedding.data = const_cast<void*>(embedding.const_data_ptr());
   }
 };
 
@@ -187,11 +187,74 @@ Mask mask_of(const std::optional<Tensor>& reserved, const Tensor& weight, const 
   return mask;
 }
 
-VirtualArray elements_of(const Tensor& t) {
+VirtualArray elements_of(const PlainTensor& t) {
   VirtualArray all;
-  all.add(t.numel());
+  all.add(t.numel);
   return all;
 }
+
+// ---- what the ops and their entries share; all has been checked ----
+
+void write_weight(void* out, const Operands& o, double scale) {
+  dispatch_float(o.dtype(), "masked_weight", "weight", [&](auto type) {
+    using T = decltype(type);
+    T* to = static_cast<T*>(out);
+    const T *w = static_cast<const T*>(o.weight.data), *e = static_cast<const T*>(o.embedding.data);
+    if (o.per_unit) return scale_units(to, w, e, scale, o.units);
+    elements_of(o.weight).for_each([&](size_t, int64_t begin, int64_t end, int64_t) {
+      forward_piece<false>(to + begin, w + begin, e + begin, MaskView(), scale, begin, end - begin);
+    });
+  });
+}
+
+double write_weight_kept(void* out, const Operands& o, const MaskView& reserved, double scale) {
+  const VirtualArray all = elements_of(o.weight);
+  std::vector<double> sums(all.chunks(), 0);
+  dispatch_float(o.dtype(), "masked_weight_kept", "weight", [&](auto type) {
+    using T = decltype(type);
+    T* to = static_cast<T*>(out);
+    const T *w = static_cast<const T*>(o.weight.data), *e = static_cast<const T*>(o.embedding.data);
+    all.for_each([&](size_t, int64_t begin, int64_t end, int64_t chunk) {
+      sums[chunk] += forward_piece<true>(to + begin, w + begin, e + begin, reserved, scale, begin, end - begin);
+    });
+  });
+  double total = 0;
+  for (double s : sums) total += s;
+  return total;
+}
+
+struct Upstream {
+  const void* weight;
+  double kept;
+};
+
+void write_gradients(void* grad_w, void* grad_e, const Upstream& grad, const Operands& o, const MaskView& reserved,
+                     double scale, double s_max, int64_t compensation) {
+  dispatch_float(o.dtype(), "masked_weight_backward", "weight", [&](auto type) {
+    using T = decltype(type);
+    T *gw = static_cast<T*>(grad_w), *ge = static_cast<T*>(grad_e);
+    const T *g = static_cast<const T*>(grad.weight), *w = static_cast<const T*>(o.weight.data);
+    const T* e = static_cast<const T*>(o.embedding.data);
+    dispatch_compensation(compensation, [&](auto kind_constant) {
+      constexpr Compensation kind = decltype(kind_constant)::value;
+      const VirtualArray all = elements_of(o.weight);
+      if (!o.per_unit) {
+        const bool streamed = o.weight.numel * int64_t(sizeof(T)) >= kStreamed;
+        return all.for_each([&](size_t, int64_t begin, int64_t end, int64_t) {
+          backward_piece<kind>(gw + begin, ge + begin, g + begin, w + begin, e + begin, reserved, scale, s_max,
+                               grad.kept, begin, end - begin, streamed);
+        });
+      }
+      scale_units_backward<kind>(gw, ge, g, w, e, scale, s_max, o.units);
+      if (reserved.kind != MaskKind::none)
+        all.for_each([&](size_t, int64_t begin, int64_t end, int64_t) {
+          simd<ShareGradient<T>>(gw + begin, reserved, begin, end - begin);
+        });
+    });
+  });
+}
+
+// ---- the ops ----
 
 Tensor masked_weight(Tensor w, Tensor e, double scale, std::optional<Tensor> reserved, double s_max,
                      int64_t compensation) {
@@ -200,19 +263,7 @@ Tensor masked_weight(Tensor w, Tensor e, double scale, std::optional<Tensor> res
   const Problem problem(w, e, op);
   if (reserved) mask_of(reserved, problem.weight, op);  // used by backward, refused here
   Tensor out = fresh_like(problem.weight);
-  dispatch_float(w.scalar_type(), op, "weight", [&](auto type) {
-    using T = decltype(type);
-    T* to = static_cast<T*>(out.mutable_data_ptr());
-    const T* from = static_cast<const T*>(problem.weight.const_data_ptr());
-    const T* embedding = static_cast<const T*>(problem.embedding.const_data_ptr());
-    if (!problem.per_unit) {
-      elements_of(out).for_each([&](size_t, int64_t begin, int64_t end, int64_t) {
-        forward_piece<false>(to + begin, from + begin, embedding + begin, MaskView(), scale, begin, end - begin);
-      });
-      return;
-    }
-    scale_units(to, from, embedding, scale, problem.units);
-  });
+  write_weight(out.mutable_data_ptr(), problem.operands, scale);
   return out;
 }
 
@@ -221,30 +272,22 @@ std::tuple<Tensor, Tensor> masked_weight_kept(Tensor w, Tensor e, double scale, 
   const char* op = "masked_weight_kept";
   check_scales(op, scale, s_max, compensation);
   const Problem problem(w, e, op);
-  FASTCL_CHECK(!problem.per_unit, op, ": embedding must have the shape of weight");
+  FASTCL_CHECK(!problem.operands.per_unit, op, ": embedding must have the shape of weight");
   const Mask mask = mask_of(reserved, problem.weight, op);
   Tensor out = fresh_like(problem.weight);
   const bool wide = w.scalar_type() == ScalarType::Double;
   Tensor kept = fresh({}, wide ? ScalarType::Double : ScalarType::Float);
-  const VirtualArray all = elements_of(out);
-  std::vector<double> sums(all.chunks(), 0);
-  dispatch_float(w.scalar_type(), op, "weight", [&](auto type) {
-    using T = decltype(type);
-    T* to = static_cast<T*>(out.mutable_data_ptr());
-    const T* from = static_cast<const T*>(problem.weight.const_data_ptr());
-    const T* embedding = static_cast<const T*>(problem.embedding.const_data_ptr());
-    all.for_each([&](size_t, int64_t begin, int64_t end, int64_t chunk) {
-      sums[chunk] +=
-          forward_piece<true>(to + begin, from + begin, embedding + begin, mask.view(), scale, begin, end - begin);
-    });
-  });
-  double total = 0;
-  for (double s : sums) total += s;
+  const double total = write_weight_kept(out.mutable_data_ptr(), problem.operands, mask.view(), scale);
   if (wide)
     *static_cast<double*>(kept.mutable_data_ptr()) = total;
   else
     *static_cast<float*>(kept.mutable_data_ptr()) = static_cast<float>(total);
   return {out, kept};
+}
+
+double number_in(ScalarType dtype, const void* data, const char* op, Name name) {
+  return dispatch_float(dtype, op, name,
+                        [&](auto type) { return static_cast<double>(load(static_cast<const decltype(type)*>(data))); });
 }
 
 std::tuple<Tensor, Tensor> masked_weight_backward(Tensor grad, std::optional<Tensor> grad_kept, Tensor w, Tensor e,
@@ -255,43 +298,38 @@ std::tuple<Tensor, Tensor> masked_weight_backward(Tensor grad, std::optional<Ten
   check_like(grad, w, op, "grad", "weight");
   check_same_dtype(grad, w, op, "grad", "weight");
   const Problem problem(w, e, op);
-  FASTCL_CHECK(!grad_kept || !problem.per_unit, op, ": embedding must have the shape of weight");
+  FASTCL_CHECK(!grad_kept || !problem.operands.per_unit, op, ": embedding must have the shape of weight");
   const Mask mask = mask_of(reserved, problem.weight, op);
   double gk = 0;
   if (grad_kept) {
     FASTCL_CHECK(grad_kept->is_cpu() && grad_kept->numel() == 1, op, ": grad_kept must be one number on the CPU");
-    gk = dispatch_float(grad_kept->scalar_type(), op, "grad_kept", [&](auto type) {
-      using T = decltype(type);
-      return static_cast<double>(load(static_cast<const T*>(grad_kept->const_data_ptr())));
-    });
+    gk = number_in(grad_kept->scalar_type(), grad_kept->const_data_ptr(), op, "grad_kept");
   }
   Tensor grad_w = fresh_like(problem.weight), grad_e = fresh_like(problem.embedding);
   grad = in_layout_of(grad, grad_w);
-  dispatch_float(w.scalar_type(), op, "weight", [&](auto type) {
-    using T = decltype(type);
-    T* gw = static_cast<T*>(grad_w.mutable_data_ptr());
-    T* ge = static_cast<T*>(grad_e.mutable_data_ptr());
-    const T* g = static_cast<const T*>(grad.const_data_ptr());
-    const T* from = static_cast<const T*>(problem.weight.const_data_ptr());
-    const T* embedding = static_cast<const T*>(problem.embedding.const_data_ptr());
-    dispatch_compensation(compensation, [&](auto kind_constant) {
-      constexpr Compensation kind = decltype(kind_constant)::value;
-      if (!problem.per_unit) {
-        const bool streamed = grad_w.numel() * int64_t(sizeof(T)) >= kStreamed;
-        elements_of(grad_w).for_each([&](size_t, int64_t begin, int64_t end, int64_t) {
-          backward_piece<kind>(gw + begin, ge + begin, g + begin, from + begin, embedding + begin, mask.view(), scale,
-                               s_max, gk, begin, end - begin, streamed);
-        });
-        return;
-      }
-      scale_units_backward<kind>(gw, ge, g, from, embedding, scale, s_max, problem.units);
-      if (mask.view().kind != MaskKind::none)
-        elements_of(grad_w).for_each([&](size_t, int64_t begin, int64_t end, int64_t) {
-          simd<ShareGradient<T>>(gw + begin, mask.view(), begin, end - begin);
-        });
-    });
-  });
+  write_gradients(grad_w.mutable_data_ptr(), grad_e.mutable_data_ptr(), {grad.const_data_ptr(), gk}, problem.operands,
+                  mask.view(), scale, s_max, compensation);
   return {grad_w, grad_e};
+}
+
+// ---- entries for plain tensors (direct.h) ----
+
+struct Numbers {
+  double scale, s_max;
+  int64_t compensation;
+  explicit Numbers(const double* x) : scale(x[0]), s_max(x[1]), compensation(static_cast<int64_t>(x[2])) {}
+  bool good() const { return are_scales(scale, s_max, compensation); }
+};
+
+bool are_operands(const PlainTensor& w, const PlainTensor& e) {
+  return is_floating(dtype_of(w)) && w.dtype == e.dtype && Operands(w, e).good;
+}
+
+// False for a mask that must be looked at more closely: a float one, bits.
+bool view_of(const PlainTensor& reserved, const PlainTensor& weight, MaskView* view) {
+  if (reserved.data == nullptr) return true;
+  *view = {MaskKind::boolean, reserved.data};
+  return dtype_of(reserved) == ScalarType::Bool && reserved.has_shape_of(weight);
 }
 
 }  // namespace
@@ -303,3 +341,44 @@ STABLE_TORCH_LIBRARY_IMPL(FASTCL_NS, CPU, m) {
 }
 
 }  // namespace fastcl
+
+extern "C" FASTCL_EXPORT int64_t function_masked_weight(const fastcl::PlainTensor* in, const fastcl::PlainTensor* out,
+                                                        const double* numbers) {
+  using namespace fastcl;
+  const Numbers x(numbers);
+  MaskView reserved;
+  if (!x.good() || !are_operands(in[0], in[1]) || !view_of(in[2], in[0], &reserved)) return 1;
+  write_weight(out[0].data, Operands(in[0], in[1]), x.scale);
+  return 0;
+}
+
+extern "C" FASTCL_EXPORT int64_t function_masked_weight_kept(const fastcl::PlainTensor* in,
+                                                             const fastcl::PlainTensor* out, const double* numbers) {
+  using namespace fastcl;
+  const Numbers x(numbers);
+  MaskView reserved;
+  if (!x.good() || !are_operands(in[0], in[1]) || !view_of(in[2], in[0], &reserved)) return 1;
+  if (!in[0].is_like(in[1]) || dtype_of(in[0]) == ScalarType::Double) return 1;  // whose sum is no float
+  *static_cast<float*>(out[1].data) =
+      static_cast<float>(write_weight_kept(out[0].data, Operands(in[0], in[1]), reserved, x.scale));
+  return 0;
+}
+
+extern "C" FASTCL_EXPORT int64_t function_masked_weight_backward(const fastcl::PlainTensor* in,
+                                                                 const fastcl::PlainTensor* out,
+                                                                 const double* numbers) {
+  using namespace fastcl;
+  const PlainTensor &grad = in[0], &grad_kept = in[1], &weight = in[2], &embedding = in[3];
+  const Numbers x(numbers);
+  MaskView reserved;
+  if (!x.good() || !are_operands(weight, embedding) || !view_of(in[4], weight, &reserved)) return 1;
+  if (!grad.is_like(weight)) return 1;
+  double kept = 0;
+  if (grad_kept.data != nullptr) {
+    if (!weight.is_like(embedding) || grad_kept.numel != 1 || !is_floating(dtype_of(grad_kept))) return 1;
+    kept = number_in(dtype_of(grad_kept), grad_kept.data, "masked_weight_backward", "grad_kept");
+  }
+  write_gradients(out[0].data, out[1].data, {grad.data, kept}, Operands(weight, embedding), reserved, x.scale, x.s_max,
+                  x.compensation);
+  return 0;
+}

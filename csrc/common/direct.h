@@ -1,12 +1,21 @@
-// List ops without a dispatcher: csrc/direct_calls.cpp calls an entry with the addresses of plain tensors (CPU, without
-// gaps, all of an index in one memory order) whose forms have passed the op's own checks before. An entry looks at what
-// forms do not tell, before it writes; where it finds something wrong it returns 1, and the op itself says what.
+// Ops without a dispatcher.
+//
+// `direct_NAME` of an in-place op on lists: csrc/direct_calls.cpp calls an entry with the addresses of plain tensors
+// (CPU, without gaps, all of an index in one memory order) whose forms have passed the op's own checks before. An entry
+// looks at what forms do not tell, before it writes; where it finds something wrong it returns 1, and the op itself
+// says what.
+//
+// `function_NAME` of an op that gives new tensors: csrc/direct_functions.cpp calls it with plain tensors, whatever
+// their shapes and dtypes, results that it has made, and the op's numbers. It returns 1 where the op itself must look.
 #pragma once
 #include "cpu.h"
 #include "direct_lists.h"
 #include "export.h"
+#include "plain.h"
 
 namespace fastcl {
+
+inline ScalarType dtype_of(const PlainTensor& t) { return static_cast<ScalarType>(t.dtype); }
 
 class Direct {
  public:

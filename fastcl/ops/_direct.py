@@ -1,15 +1,19 @@
-"""In-place list ops on plain CPU tensors, straight in the library: what the dispatcher costs a tensor is more than the
-work on a small one (`pytest bench/bench_masked_grad.py -k 200-tiny`).
+"""Ops on plain CPU tensors, straight in the library: what the dispatcher costs a tensor is more than the work on a
+small one (`pytest bench/bench_masked_grad.py -k 200-tiny`, `pytest bench/bench_overhead.py`).
 
-What a call's checks look at, besides values, is its tensors' form: devices, dtypes, shapes, strides. A call of a form
-that has passed the op's own checks goes by addresses (csrc/direct_calls.cpp) to an entry of csrc/common/direct.h, which
-looks at what is left: overlaps and values. Where it refuses, and wherever anything but plain tensors watches, the op
-itself is called and says what is wrong.
+**In-place list ops**, :class:`Direct`. What a call's checks look at, besides values, is its tensors' form: devices,
+dtypes, shapes, strides. A call of a form that has passed the op's own checks goes by addresses (csrc/direct_calls.cpp)
+to an entry of csrc/common/direct.h, which looks at what is left: overlaps and values. Where it refuses, and wherever
+anything but plain tensors watches, the op itself is called and says what is wrong.
+
+**Ops that give new tensors**, :func:`direct`: csrc/direct_functions.cpp makes the results and calls an entry that looks
+at shapes, dtypes and numbers itself. `_ops.call` asks it first, and so does its autograd.Function, in both directions.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .._ops import LIBRARY, extension, pure_python
+from .._ops import LIBRARY, extension, pure_python, shortcut
 
 PLAIN = (Tensor, torch.nn.Parameter)  # exactly: a subclass may keep its values elsewhere
 NUMBERS = {torch.uint8: 0, torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bool: 11, torch.bfloat16: 15}
@@ -87,3 +91,29 @@ class Direct:
             if not all(is_plain(t) and t.dtype in NUMBERS for t in (first, *others)):
                 return False
         return True
+
+
+def direct(op: torch._ops.OpOverload, *like: str | None) -> None:
+    """Gives an op that returns tensors its entry.
+
+    `like`: the argument of which each result has shape and dtype, None for a float32 number. Plain here: also
+    contiguous and below 4 MB.
+    """
+    if not available:
+        return
+    kinds = {"Tensor": "t", "Optional[Tensor]": "?", "float": "n", "int": "n"}
+    arguments = op._schema.arguments
+    tensors = [a.name for a in arguments if kinds[str(a.type)] != "n"]
+    function = extension.DirectFunction(
+        exchange,
+        PLAIN,
+        _TRACKING[0],
+        _TRACKING[2],
+        _WATCHERS,
+        torch.empty_like,
+        functools.partial(torch.empty, (), dtype=torch.float32),
+        ctypes.cast(getattr(library, f"function_{op._opname}"), ctypes.c_void_p).value,
+        "".join(kinds[str(a.type)] for a in arguments),
+        tuple(-1 if name is None else tensors.index(name) for name in like),
+    )
+    shortcut(op, function.call)

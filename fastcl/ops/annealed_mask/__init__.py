@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._ops import call, define, differentiable, not_differentiable, run, vmap_rule
+from ..._ops import call, define, differentiable, not_differentiable, vmap_rule
+from .._direct import direct
 from . import reference
 
 _annealed_mask = define("annealed_mask(Tensor embedding, float scale) -> Tensor", reference.annealed_mask)
@@ -69,7 +70,7 @@ def _setup(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     (embedding,) = ctx.saved_tensors
-    return run(_annealed_mask_backward, grad, embedding, ctx.scale), None
+    return call(_annealed_mask_backward, grad, embedding, ctx.scale), None
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
@@ -236,7 +237,7 @@ def _setup_compensated(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _backward_compensated(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     (embedding,) = ctx.saved_tensors
-    return run(_compensated_mask_backward, grad, embedding, *ctx.numbers), None, None, None
+    return call(_compensated_mask_backward, grad, embedding, *ctx.numbers), None, None, None
 
 
 def _setup_weight(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -251,7 +252,7 @@ def _setup_weight(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward_weight(ctx: Any, grad: Tensor, grad_kept: Tensor | None = None) -> tuple[Any, ...]:
     weight, embedding, reserved = ctx.saved_tensors
     scale, s_max, compensation = ctx.numbers
-    found = run(_masked_weight_backward, grad, grad_kept, weight, embedding, scale, reserved, s_max, compensation)
+    found = call(_masked_weight_backward, grad, grad_kept, weight, embedding, scale, reserved, s_max, compensation)
     return *found, *[None] * (ctx.n_inputs - 2)
 
 
@@ -290,7 +291,7 @@ def _setup_sparsity(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_sparsity(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
-    return run(_mask_sparsity_backward, grad, saved[: ctx.n], saved[ctx.n :]), [None] * ctx.n_reserved
+    return call(_mask_sparsity_backward, grad, saved[: ctx.n], saved[ctx.n :]), [None] * ctx.n_reserved
 
 
 _COMPENSATED = "the compensated gradient is not the gradient of a function"
@@ -301,3 +302,9 @@ differentiable("masked_weight_kept", _backward_weight, _setup_weight)
 differentiable("masked_weight_backward", _double_backward_weight, _setup_weight_backward)
 differentiable("mask_sparsity", _backward_sparsity, _setup_sparsity)
 not_differentiable("mask_sparsity_backward", "the sparsity is linear in the masks")
+
+direct(_annealed_mask, "embedding")
+direct(_annealed_mask_backward, "embedding")
+direct(_masked_weight, "weight")
+direct(_masked_weight_kept, "weight", None)
+direct(_masked_weight_backward, "weight", "embedding")

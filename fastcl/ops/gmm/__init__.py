@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._ops import call, define, differentiable, not_differentiable, run
+from ..._ops import call, define, differentiable, not_differentiable
 from . import reference
 
 _gmm_sample = define(
@@ -188,7 +188,7 @@ def _backward_sample(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if ctx.needs_input_grad[2]:
         # the same normals again: what a standard component gives for the same key
         zero = torch.zeros_like(labels)
-        eps = run(_gmm_sample, zero, torch.zeros_like(means[:1]), torch.ones_like(means[:1]), key)
+        eps = call(_gmm_sample, zero, torch.zeros_like(means[:1]), torch.ones_like(means[:1]), key)
         if scale_trils.dim() == 3:
             grad_scale = torch.zeros_like(scale_trils)
             for k in labels.unique().tolist():
@@ -208,7 +208,7 @@ def _setup_log_prob(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Non
 def _backward_log_prob(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     # with P = (L L^T)^-1 and d = x - mu: dx = -sum_k g P d, dmu = P sum_n g d, dL = tril(L^-T (L^-1 S L^-T - s0 I))
     x, means, scale = ctx.saved_tensors
-    s0, s1, s2 = run(_gmm_statistics, x, grad, means, scale.dim() == 3)
+    s0, s1, s2 = call(_gmm_statistics, x, grad, means, scale.dim() == 3)
     wide = scale.double()
     if scale.dim() == 3:
         lower = wide.tril()

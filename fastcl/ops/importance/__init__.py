@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..._ops import call, call_in_place, define, differentiable, not_differentiable, run
+from ..._ops import call, call_in_place, define, differentiable, not_differentiable
 from . import reference
 from .path import (
     accumulate_path_,
@@ -238,7 +238,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad_value: Tensor) -> tuple[Any, ...]:
     saved, n = ctx.saved_tensors, ctx.n
-    grads = run(_quadratic_penalty_backward, grad_value, saved[:n], saved[n : 2 * n], saved[2 * n :], ctx.strength)
+    grads = call(_quadratic_penalty_backward, grad_value, saved[:n], saved[n : 2 * n], saved[2 * n :], ctx.strength)
     return grads, [None] * n, [None] * n, None, None
 
 
