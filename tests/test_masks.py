@@ -51,7 +51,7 @@ def test_masked_weight_of_every_width_and_embedding(form: str, s_max: float | No
         w.requires_grad_(), e.requires_grad_()
         out, kept = ops.masked_weight_kept(w, e, 4.0, reserved=given, s_max=s_max)
         got_w, got_e = torch.autograd.grad((out, kept), (w, e), (up, torch.tensor(0.25)))
-        close(out, ops.masked_weight(w, e, 4.0), rtol=3e-7, atol=0)
+        close(out, ops.masked_weight(w, e, 4.0), rtol=4e-7, atol=0)  # two ways to a mask, each within 2 ulp
         wide, through = e.detach().double(), up.double() * w.detach().double() + 0.25 * free
         mask, soft = torch.sigmoid(4 * wide), torch.sigmoid(wide) * torch.sigmoid(-wide)
         slope = 4 * mask * torch.sigmoid(-4 * wide) if s_max is None else s_max * soft

@@ -2,6 +2,7 @@
 
 #include "../common/direct.h"
 #include "math.h"
+#include "sixteen.h"
 
 namespace fastcl {
 namespace {
@@ -34,7 +35,13 @@ void write_mask(const char* op, void* mask, const void* embedding, ScalarType dt
   dispatch_float(dtype, op, "embedding", [&](auto type) {
     using T = decltype(type);
     for_elements(numel, [&](int64_t begin, int64_t n) {
-      simd<AnnealedMask<T>>(static_cast<T*>(mask) + begin, static_cast<const T*>(embedding) + begin, scale, n);
+      T* m = static_cast<T*>(mask) + begin;
+      const T* e = static_cast<const T*>(embedding) + begin;
+#ifdef FASTCL_X86
+      if constexpr (std::is_same_v<T, float>)
+        if (isa() == Isa::avx512) return annealed_mask_avx512(m, e, float(scale), n);
+#endif
+      simd<AnnealedMask<T>>(m, e, scale, n);
     });
   });
 }
@@ -66,8 +73,16 @@ void write_gradient(const char* op, void* grad_embedding, const void* grad, cons
   dispatch_float(dtype, op, "embedding", [&](auto type) {
     using T = decltype(type);
     for_elements(numel, [&](int64_t begin, int64_t n) {
-      simd<MaskBackward<T, kind>>(static_cast<T*>(grad_embedding) + begin, static_cast<const T*>(grad) + begin,
-                                  static_cast<const T*>(embedding) + begin, scale, s_max, n);
+      T* ge = static_cast<T*>(grad_embedding) + begin;
+      const T *gm = static_cast<const T*>(grad) + begin, *e = static_cast<const T*>(embedding) + begin;
+#ifdef FASTCL_X86
+      if constexpr (std::is_same_v<T, float> && kind != Compensation::literal)
+        if (isa() == Isa::avx512) {
+          const float top = kind == Compensation::none ? 0.f : float(s_max);
+          return annealed_mask_backward_avx512(ge, gm, e, float(scale), top, n);
+        }
+#endif
+      simd<MaskBackward<T, kind>>(ge, gm, e, scale, s_max, n);
     });
   });
 }
