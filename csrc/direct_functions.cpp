@@ -17,7 +17,7 @@ constexpr int64_t kLargest = int64_t(4) << 20;  // bytes; from here on the op's 
 class DirectFunction {
  public:
   // `kinds`: of the op's arguments, t (a tensor), ? (a tensor or None), n (a number). `like`: for each result the
-  // tensor whose shape and dtype it has, or -1 for what `number`, called, makes.
+  // tensor whose shape and dtype it has, or -1 for those of `number`.
   DirectFunction(const py::object& api, const py::tuple& types, const py::object& requires_grad,
                  const py::object& grad_enabled, const py::tuple& watchers, const py::object& empty_like,
                  const py::object& number, uintptr_t entry, std::string kinds, const py::tuple& like)
@@ -63,8 +63,8 @@ class DirectFunction {
     if (tracked) return py::reinterpret_borrow<py::object>(Py_NotImplemented);
     std::vector<py::object> results;
     for (const int k : like_) {
-      results.push_back(made(k < 0 ? PyObject_CallNoArgs(number_.ptr())
-                                   : PyObject_CallOneArg(empty_like_.ptr(), tensors[static_cast<size_t>(k)].ptr())));
+      const py::handle like = k < 0 ? py::handle(number_) : tensors[static_cast<size_t>(k)];
+      results.push_back(made(PyObject_CallOneArg(empty_like_.ptr(), like.ptr())));
       PlainTensor t{};
       if (!look_at(results.back(), &t)) return py::none();
       outputs.push_back(t);

@@ -13,7 +13,6 @@ at shapes, dtypes and numbers itself. `_ops.call` asks it first, and so does its
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -111,7 +110,7 @@ def direct(op: torch._ops.OpOverload, *like: str | None) -> None:
         _TRACKING[2],
         _WATCHERS,
         torch.empty_like,
-        functools.partial(torch.empty, (), dtype=torch.float32),
+        torch.zeros((), dtype=torch.float32, device="cpu"),
         ctypes.cast(getattr(library, f"function_{op._opname}"), ctypes.c_void_p).value,
         "".join(kinds[str(a.type)] for a in arguments),
         tuple(-1 if name is None else tensors.index(name) for name in like),
