@@ -59,8 +59,8 @@ class DirectCalls {
     bool same = false;
     const std::shared_ptr<Known> known = find(now, &same);
     if (known == nullptr) return Done::unknown;
-    if (!same && std::any_of(tensors.begin(), tensors.end(), [&](const py::object& t) { return is_negated(t); }))
-      return Done::no;  // memory holds minus what the tensor says
+    if (!same && std::any_of(tensors.begin(), tensors.end(), [&](const py::object& t) { return negated_.of(t); }))
+      return Done::no;
     const auto n = static_cast<int64_t>(tensors.size() / lists_);
     const DirectLists lists{n, int64_t(lists_), int64_t(mutated_), known->numels.data(), known->dtypes.data()};
     {
@@ -100,10 +100,6 @@ class DirectCalls {
   }
 
  private:
-  bool is_negated(const py::object& t) const {
-    return made(PyObject_CallMethodNoArgs(t.ptr(), is_neg_.ptr())).ptr() == Py_True;
-  }
-
   // False where there is none, or an argument is no list as long as the first.
   bool tensors_of(const py::tuple& args, std::vector<py::object>* tensors) const {
     if (args.size() < lists_) return false;
@@ -123,13 +119,8 @@ class DirectCalls {
 
   bool numbers_of(const py::tuple& args, std::vector<double>* numbers) const {
     for (size_t k = lists_; k < args.size(); ++k) {
-      PyObject* number = args[k].ptr();
-      if (!PyFloat_Check(number) && !PyLong_Check(number)) return false;
-      numbers->push_back(PyFloat_AsDouble(number));
-      if (numbers->back() == -1 && PyErr_Occurred() != nullptr) {
-        PyErr_Clear();  // an integer that no double holds
-        return false;
-      }
+      numbers->emplace_back();
+      if (!read_number(args[k].ptr(), &numbers->back())) return false;
     }
     return numbers->size() == numbers_;
   }
@@ -141,10 +132,7 @@ class DirectCalls {
     now->which.resize(2 * n);
     now->form.reserve(8 * n);
     for (size_t i = 0; i < n; ++i) {
-      const auto is = [&](py::handle type) {
-        return reinterpret_cast<PyObject*>(Py_TYPE(tensors[i].ptr())) == type.ptr();
-      };
-      if (std::none_of(types_.begin(), types_.end(), is)) return false;
+      if (!is_exactly_one_of(types_, tensors[i])) return false;
       if (tracking && requires_grad_.of(tensors[i]).ptr() == Py_True &&
           (i < written || is_leaf_.of(tensors[i]).ptr() != Py_True))
         return false;
@@ -187,7 +175,7 @@ class DirectCalls {
   const py::object grad_enabled_;
   std::vector<py::object> watchers_;
   const py::object written_;
-  const py::str is_neg_{"is_neg"};
+  const Negation negated_;
   const uintptr_t entry_;
   const size_t lists_, mutated_, numbers_;
   std::mutex mutex_;

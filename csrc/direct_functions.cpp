@@ -46,12 +46,8 @@ class DirectFunction {
     for (size_t i = 0; i < kinds_.size(); ++i) {
       PyObject* arg = args[i].ptr();
       if (kinds_[i] == 'n') {
-        if (!PyFloat_Check(arg) && !PyLong_Check(arg)) return py::none();
-        numbers.push_back(PyFloat_AsDouble(arg));
-        if (numbers.back() == -1 && PyErr_Occurred() != nullptr) {
-          PyErr_Clear();  // an integer that no double holds
-          return py::none();
-        }
+        numbers.emplace_back();
+        if (!read_number(arg, &numbers.back())) return py::none();
         continue;
       }
       PlainTensor t{};
@@ -83,15 +79,14 @@ class DirectFunction {
 
  private:
   bool look_at(py::handle tensor, PlainTensor* t) const {
-    const auto is = [&](py::handle type) { return reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr())) == type.ptr(); };
-    if (std::none_of(types_.begin(), types_.end(), is)) return false;
+    if (!is_exactly_one_of(types_, tensor)) return false;
     DLTensor from{};
     if (borrow_(tensor.ptr(), &from) != 0) {
       PyErr_Clear();  // sparse
       return false;
     }
     if (from.device_type != DLTensor::kCpu || !from.is_contiguous()) return false;
-    if (made(PyObject_CallMethodNoArgs(tensor.ptr(), is_neg_.ptr())).ptr() == Py_True) return false;
+    if (negated_.of(tensor)) return false;
     *t = {reinterpret_cast<void*>(from.address()), from.shape, from.ndim, from.numel(), from.dtype()};
     return t->data != nullptr && t->dtype >= 0 && t->numel * (from.type_bits / 8) < kLargest;
   }
@@ -102,7 +97,7 @@ class DirectFunction {
   const py::object grad_enabled_;
   const py::tuple watchers_;
   const py::object empty_like_, number_;
-  const py::str is_neg_{"is_neg"};
+  const Negation negated_;
   const Entry entry_;
   const std::string kinds_;
   std::vector<int> like_;

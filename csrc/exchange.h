@@ -6,6 +6,7 @@
 #endif
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
 
 namespace fastcl {
@@ -92,6 +93,31 @@ inline bool says_yes(py::handle f) {
   if (truth < 0) throw py::error_already_set();
   return truth != 0;
 }
+
+// A number of Python's as a double; false for what is none, and for an integer that no double holds.
+inline bool read_number(PyObject* number, double* to) {
+  if (!PyFloat_Check(number) && !PyLong_Check(number)) return false;
+  *to = PyFloat_AsDouble(number);
+  if (*to != -1 || PyErr_Occurred() == nullptr) return true;
+  PyErr_Clear();
+  return false;
+}
+
+inline bool is_exactly_one_of(const py::tuple& types, py::handle object) {
+  const auto is = [&](py::handle type) { return reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) == type.ptr(); };
+  return std::any_of(types.begin(), types.end(), is);
+}
+
+// Tensors whose memory holds minus what they say.
+class Negation {
+ public:
+  bool of(py::handle tensor) const {
+    return made(PyObject_CallMethodNoArgs(tensor.ptr(), is_neg_.ptr())).ptr() == Py_True;
+  }
+
+ private:
+  const py::str is_neg_{"is_neg"};
+};
 
 // An attribute of tensors that C computes (requires_grad, grad, _version), by its descriptor.
 class Attribute {

@@ -127,8 +127,7 @@ class Plan {
     if (grad.is_none()) return true;
     DLTensor t{};
     if (borrow_(grad.ptr(), &t) != 0) throw py::error_already_set();
-    const py::object negated = made(PyObject_CallMethodNoArgs(grad.ptr(), is_neg_.ptr()));
-    if (negated.ptr() == Py_True || !object(py::type::handle_of(grad)) || !form(t)) return false;
+    if (negated_.of(grad) || !object(py::type::handle_of(grad)) || !form(t)) return false;
     (*entry)++->grad = reinterpret_cast<const void*>(t.address());
     if (!recording_) grads_.push_back(grad);
     return true;
@@ -167,7 +166,8 @@ class Plan {
   const Attribute grad_, version_;
   const py::object count_, profiling_;
   const py::tuple hooks_, used_, numbers_, flags_;  // no cycle goes through them
-  const py::str params_{"params"}, is_neg_{"is_neg"};
+  const py::str params_{"params"};
+  const Negation negated_;
   const Kernel kernel_;
   StepEntry* const entries_;
   PyObject* const written_;

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcl import _ops, ops
 from fastcl.ops import _direct
 
 from .samples import FLOATS
+from .watchers import seen_by_a_mode, seen_by_the_profiler
 
 pytestmark = pytest.mark.skipif(not _direct.available, reason="this torch has no C exchange API, or no kernels")
 
@@ -153,30 +153,11 @@ def test_twice_and_with_hooks() -> None:
     assert torch.equal(seen[0][0][0], first)
 
 
-def seen_by_a_mode(call: Callable[[], Any]) -> bool:
-    seen: list[str] = []
-
-    class Mode(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            seen.append(str(func))
-            return func(*args, **(kwargs or {}))
-
-    with Mode():
-        call()
-    return any("annealed_mask" in name for name in seen)
-
-
-def seen_by_the_profiler(call: Callable[[], Any]) -> bool:
-    with torch.profiler.profile() as profile:
-        call()
-    return any("annealed_mask" in event.key for event in profile.key_averages())
-
-
 @pytest.mark.parametrize("tracked", [False, True])
 @pytest.mark.parametrize("watch", [seen_by_a_mode, seen_by_the_profiler])
-def test_whoever_watches_sees_the_op(watch: Callable[[Callable[[], Any]], bool], tracked: bool) -> None:
+def test_whoever_watches_sees_the_op(watch: Callable[..., bool], tracked: bool) -> None:
     e = torch.randn(4, requires_grad=tracked)
-    assert watch(lambda: ops.annealed_mask(e, 3.0))
+    assert watch("annealed_mask", lambda: ops.annealed_mask(e, 3.0))
 
 
 def test_transforms_and_compilers_get_the_op() -> None:

@@ -1,6 +1,6 @@
-// The mask of sixteen floats at a time with AVX-512, math.h's formula by its instructions. In caches it is arithmetic
-// that takes the time: the division alone as long as all else, gcc takes the exponential's clamp for a branch whose one
-// side it computes apart, and has no rounding or scaling by an exponent in C.
+// math.h's mask of sixteen floats at a time with AVX-512, from exp(-x) instead of exp(-|x|) and with other roundings.
+// In caches it is arithmetic that takes the time, a division as much as all the rest, and gcc takes the exponential's
+// clamp for a branch whose one side it computes apart.
 #pragma once
 #include "../common/masks.h"
 

@@ -162,6 +162,7 @@ struct Strips {
   explicit Strips(const Units& all)
       : u(all),
         units_each(std::min(all.units, kStrip / all.after)),
+        // by eights, as ScaleRowsBackward goes down
         rows_each(std::max<int64_t>({8, all.before / 32, VirtualArray::kChunk / (units_each * all.after)}) / 8 * 8),
         across((all.units + units_each - 1) / units_each),
         groups((all.before + rows_each - 1) / rows_each) {}

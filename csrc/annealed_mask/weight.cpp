@@ -123,19 +123,13 @@ void backward_piece(T* gw, T* ge, const T* g, const T* w, const T* e, const Mask
   simd<MaskedWeightBackward<T, kind, true>>(gw, ge, g, w, e, reserved, scale, s_max, grad_kept, begin, n);
 }
 
-bool are_scales(double scale, double s_max, int64_t compensation) {
-  return std::isfinite(scale) && (compensation == 0 || (std::isfinite(s_max) && s_max > 0)) &&
-         (compensation == 2 ? scale > 0 : scale >= 0) && compensation >= 0 && compensation <= 2;
-}
-
 void check_scales(const char* op, double scale, double s_max, int64_t compensation) {
-  if (are_scales(scale, s_max, compensation)) return;
   FASTCL_CHECK(std::isfinite(scale) && scale >= 0, op, ": scale is ", scale, " but must be finite and not negative");
   FASTCL_CHECK(compensation >= 0 && compensation <= 2, op, ": compensation is ", compensation,
                " but must be 0 (none), 1 (analytic) or 2 (literal)");
-  FASTCL_CHECK(std::isfinite(s_max) && s_max > 0, op, ": s_max is ", s_max,
+  FASTCL_CHECK(compensation == 0 || (std::isfinite(s_max) && s_max > 0), op, ": s_max is ", s_max,
                " but must be finite and positive for a compensated gradient");
-  fail(op, ": scale is 0 but must be positive for the literal compensation");
+  FASTCL_CHECK(compensation != 2 || scale > 0, op, ": scale is 0 but must be positive for the literal compensation");
 }
 
 template <class F>
@@ -318,12 +312,17 @@ struct Numbers {
   double scale, s_max;
   int64_t compensation;
   explicit Numbers(const double* x) : scale(x[0]), s_max(x[1]), compensation(static_cast<int64_t>(x[2])) {}
-  bool good() const { return are_scales(scale, s_max, compensation); }
+  bool good() const {
+    try {
+      check_scales("", scale, s_max, compensation);
+    } catch (const std::runtime_error&) {  // the op says it
+      return false;
+    }
+    return true;
+  }
 };
 
-bool are_operands(const PlainTensor& w, const PlainTensor& e) {
-  return is_floating(dtype_of(w)) && w.dtype == e.dtype && Operands(w, e).good;
-}
+bool are_good(const Operands& o) { return o.good && is_floating(o.dtype()) && o.weight.dtype == o.embedding.dtype; }
 
 // False for a mask that must be looked at more closely: a float one, bits.
 bool view_of(const PlainTensor& reserved, const PlainTensor& weight, MaskView* view) {
@@ -346,9 +345,10 @@ extern "C" FASTCL_EXPORT int64_t function_masked_weight(const fastcl::PlainTenso
                                                         const double* numbers) {
   using namespace fastcl;
   const Numbers x(numbers);
+  const Operands operands(in[0], in[1]);
   MaskView reserved;
-  if (!x.good() || !are_operands(in[0], in[1]) || !view_of(in[2], in[0], &reserved)) return 1;
-  write_weight(out[0].data, Operands(in[0], in[1]), x.scale);
+  if (!x.good() || !are_good(operands) || !view_of(in[2], in[0], &reserved)) return 1;
+  write_weight(out[0].data, operands, x.scale);
   return 0;
 }
 
@@ -356,11 +356,11 @@ extern "C" FASTCL_EXPORT int64_t function_masked_weight_kept(const fastcl::Plain
                                                              const fastcl::PlainTensor* out, const double* numbers) {
   using namespace fastcl;
   const Numbers x(numbers);
+  const Operands operands(in[0], in[1]);
   MaskView reserved;
-  if (!x.good() || !are_operands(in[0], in[1]) || !view_of(in[2], in[0], &reserved)) return 1;
-  if (!in[0].is_like(in[1]) || dtype_of(in[0]) == ScalarType::Double) return 1;  // whose sum is no float
-  *static_cast<float*>(out[1].data) =
-      static_cast<float>(write_weight_kept(out[0].data, Operands(in[0], in[1]), reserved, x.scale));
+  if (!x.good() || !are_good(operands) || !view_of(in[2], in[0], &reserved)) return 1;
+  if (operands.per_unit || operands.dtype() == ScalarType::Double) return 1;  // whose sum is no float
+  *static_cast<float*>(out[1].data) = static_cast<float>(write_weight_kept(out[0].data, operands, reserved, x.scale));
   return 0;
 }
 
@@ -368,17 +368,17 @@ extern "C" FASTCL_EXPORT int64_t function_masked_weight_backward(const fastcl::P
                                                                  const fastcl::PlainTensor* out,
                                                                  const double* numbers) {
   using namespace fastcl;
-  const PlainTensor &grad = in[0], &grad_kept = in[1], &weight = in[2], &embedding = in[3];
+  const PlainTensor &grad = in[0], &grad_kept = in[1];
   const Numbers x(numbers);
+  const Operands operands(in[2], in[3]);
   MaskView reserved;
-  if (!x.good() || !are_operands(weight, embedding) || !view_of(in[4], weight, &reserved)) return 1;
-  if (!grad.is_like(weight)) return 1;
+  if (!x.good() || !are_good(operands) || !view_of(in[4], operands.weight, &reserved)) return 1;
+  if (!grad.is_like(operands.weight)) return 1;
   double kept = 0;
   if (grad_kept.data != nullptr) {
-    if (!weight.is_like(embedding) || grad_kept.numel != 1 || !is_floating(dtype_of(grad_kept))) return 1;
+    if (operands.per_unit || grad_kept.numel != 1 || !is_floating(dtype_of(grad_kept))) return 1;
     kept = number_in(dtype_of(grad_kept), grad_kept.data, "masked_weight_backward", "grad_kept");
   }
-  write_gradients(out[0].data, out[1].data, {grad.data, kept}, Operands(weight, embedding), reserved, x.scale, x.s_max,
-                  x.compensation);
+  write_gradients(out[0].data, out[1].data, {grad.data, kept}, operands, reserved, x.scale, x.s_max, x.compensation);
   return 0;
 }
